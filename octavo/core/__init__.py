@@ -1,0 +1,1 @@
+"""Errors, atomic files, typed results, progress and facts about this machine."""

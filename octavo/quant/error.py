@@ -1,0 +1,109 @@
+"""How far a quantized result is from the float one. All of it is computed in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from octavo.core.errors import InputError
+from octavo.core.results import Accuracy
+
+__all__ = ["accuracy", "cosine", "max_error", "sqnr_db", "top_k_agreement"]
+
+Array: TypeAlias = "torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]"
+
+
+def sqnr_db(reference: Array, value: Array) -> float:
+    """Signal to quantization noise ratio, 10 log10(sum(reference^2) / sum((reference - value)^2)).
+
+    Args:
+        reference: float result, any shape.
+        value: quantized result, same shape.
+
+    Returns:
+        decibels; infinite where the two are equal, minus infinite where only noise is left.
+    """
+    ref, val = _pair(reference, value)
+    noise = float((ref - val).square().sum())
+    signal = float(ref.square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def max_error(reference: Array, value: Array) -> float:
+    """Largest absolute difference; 0 for empty tensors."""
+    ref, val = _pair(reference, value)
+    return float((ref - val).abs().max()) if ref.numel() else 0.0
+
+
+def cosine(reference: Array, value: Array) -> float:
+    """Cosine similarity over all values; 1 where both are all zero, 0 where one is."""
+    ref, val = _pair(reference, value)
+    norms = float(ref.norm()) * float(val.norm())
+    if norms == 0:
+        return 1.0 if torch.equal(ref, val) else 0.0
+    return min(1.0, max(-1.0, float((ref * val).sum()) / norms))
+
+
+def top_k_agreement(reference: Array, value: Array, k: int = 1) -> float:
+    """Share of rows whose best class of the reference is among the k best of the value.
+
+    Args:
+        reference: scores [..., classes].
+        value: scores of the same shape.
+        k: how many of the value's best classes count as a hit.
+
+    Returns:
+        a share from 0 to 1; NaN for no rows.
+    """
+    ref, val = _pair(reference, value)
+    if ref.ndim == 0 or not 1 <= k <= ref.shape[-1]:
+        raise InputError(f"k = {k} does not fit scores of shape {list(ref.shape)}")
+    best = ref.argmax(-1, keepdim=True)
+    return float((val.topk(k, -1).indices == best).any(-1).double().mean())
+
+
+def accuracy(reference: Array, value: Array, labels: Array | None = None) -> Accuracy:
+    """All measures of a result at once.
+
+    Args:
+        reference: the float model's output.
+        value: the other model's output, same shape.
+        labels: integer classes [rows] for outputs [rows, classes], or None.
+
+    Returns:
+        the measures; top-1 agreement only for outputs [rows, classes] with two classes or more.
+    """
+    ref, val = _pair(reference, value)
+    scores = ref.ndim == 2 and ref.shape[-1] > 1 and ref.shape[0] > 0
+    hits = None
+    if labels is not None:
+        classes = torch.as_tensor(labels)
+        if not scores or classes.shape != ref.shape[:1]:
+            raise InputError(
+                f"labels of shape {list(classes.shape)} do not fit outputs of shape "
+                f"{list(ref.shape)}; give one class for each row of [rows, classes]"
+            )
+        hits = float((val.argmax(-1) == classes.to(torch.int64)).double().mean())
+    return Accuracy(
+        sqnr_db=sqnr_db(ref, val),
+        max_error=max_error(ref, val),
+        cosine=cosine(ref, val),
+        top1_agreement=top_k_agreement(ref, val) if scores else None,
+        top1_accuracy=hits,
+    )
+
+
+def _pair(reference: Array, value: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    ref = torch.as_tensor(reference).detach().cpu().to(torch.float64)
+    val = torch.as_tensor(value).detach().cpu().to(torch.float64)
+    if ref.shape != val.shape:
+        raise InputError(
+            f"shapes {list(ref.shape)} and {list(val.shape)} differ; compare results of one model "
+            "on the same data"
+        )
+    return ref, val

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,9 @@ _CHUNK = 1 << 20
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it to `path` when the block ends well.
 
-    The folder is created where it is missing. When the block raises, the temporary file is
-    removed and an older file at `path` stays as it was.
+    The folder is created where it is missing, and the file gets the permissions that the umask
+    leaves. When the block raises, the temporary file is removed and an older file at `path` stays
+    as it was.
 
     Args:
         path: where the finished file goes.
@@ -29,17 +31,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)
+    permissions = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; give the finished file the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        # A writer may have put a private file of its own in place of ours.
+        temporary.chmod(permissions)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

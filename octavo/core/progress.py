@@ -50,7 +50,7 @@ class TerminalProgress:
         )
 
         bar = Progress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -60,8 +60,7 @@ class TerminalProgress:
             identity = bar.add_task(title, total=total)
             yield lambda steps: bar.advance(identity, steps)
             if total is None:
-                done = bar.tasks[0].completed
-                bar.update(identity, total=max(done, 1), completed=max(done, 1))
+                bar.update(identity, total=bar.tasks[0].completed)
 
 
 def default_progress() -> Progress:

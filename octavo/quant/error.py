@@ -1,4 +1,7 @@
-"""How far a quantized result is from the float one. All of it is computed in float64."""
+"""How far a quantized result is from the float one. All of it is computed in float64.
+
+A NaN in either result makes every measure of a distance NaN.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ def sqnr_db(reference: Array, value: Array) -> float:
     signal = float(ref.square().sum())
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    ratio = signal / noise
+    return -math.inf if ratio == 0 else 10 * math.log10(ratio)
 
 
 def max_error(reference: Array, value: Array) -> float:
@@ -46,11 +50,13 @@ def cosine(reference: Array, value: Array) -> float:
     norms = float(ref.norm()) * float(val.norm())
     if norms == 0:
         return 1.0 if torch.equal(ref, val) else 0.0
-    return min(1.0, max(-1.0, float((ref * val).sum()) / norms))
+    return float(((ref * val).sum() / norms).clamp(-1, 1))
 
 
 def top_k_agreement(reference: Array, value: Array, k: int = 1) -> float:
     """Share of rows whose best class of the reference is among the k best of the value.
+
+    Quantized scores tie often: of equal scores the first counts as the best, on both sides.
 
     Args:
         reference: scores [..., classes].
@@ -59,12 +65,19 @@ def top_k_agreement(reference: Array, value: Array, k: int = 1) -> float:
 
     Returns:
         a share from 0 to 1; NaN for no rows.
+
+    Raises:
+        InputError: the scores have fewer than k classes, or their shapes differ.
     """
     ref, val = _pair(reference, value)
     if ref.ndim == 0 or not 1 <= k <= ref.shape[-1]:
-        raise InputError(f"k = {k} does not fit scores of shape {list(ref.shape)}")
+        raise InputError(
+            f"k = {k} does not fit scores of shape {list(ref.shape)}; give a k from 1 to the "
+            "number of classes on the last axis"
+        )
     best = ref.argmax(-1, keepdim=True)
-    return float((val.topk(k, -1).indices == best).any(-1).double().mean())
+    ranked = val.argsort(dim=-1, descending=True, stable=True)  # topk breaks ties as it likes
+    return float((ranked[..., :k] == best).any(-1).double().mean())
 
 
 def accuracy(reference: Array, value: Array, labels: Array | None = None) -> Accuracy:
@@ -77,12 +90,15 @@ def accuracy(reference: Array, value: Array, labels: Array | None = None) -> Acc
 
     Returns:
         the measures; top-1 agreement only for outputs [rows, classes] with two classes or more.
+
+    Raises:
+        InputError: the shapes differ, or the labels do not fit the outputs.
     """
     ref, val = _pair(reference, value)
     scores = ref.ndim == 2 and ref.shape[-1] > 1 and ref.shape[0] > 0
     hits = None
     if labels is not None:
-        classes = torch.as_tensor(labels)
+        classes = _tensor(labels)
         if not scores or classes.shape != ref.shape[:1]:
             raise InputError(
                 f"labels of shape {list(classes.shape)} do not fit outputs of shape "
@@ -98,9 +114,15 @@ def accuracy(reference: Array, value: Array, labels: Array | None = None) -> Acc
     )
 
 
+def _tensor(value: Array) -> torch.Tensor:
+    """`value` on the CPU; an array is copied, since torch cannot share a read-only one."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    return torch.from_numpy(np.array(value))
+
+
 def _pair(reference: Array, value: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    ref = torch.as_tensor(reference).detach().cpu().to(torch.float64)
-    val = torch.as_tensor(value).detach().cpu().to(torch.float64)
+    ref, val = _tensor(reference).to(torch.float64), _tensor(value).to(torch.float64)
     if ref.shape != val.shape:
         raise InputError(
             f"shapes {list(ref.shape)} and {list(val.shape)} differ; compare results of one model "

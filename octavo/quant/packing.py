@@ -6,6 +6,8 @@ The layout is one little-endian bit stream along the last axis: code k occupies 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from octavo.core.errors import InputError
@@ -18,30 +20,30 @@ def pack(q: torch.Tensor, dtype: str | QDType) -> torch.Tensor:
     """Packs codes along the last axis.
 
     Args:
-        q: int8 or uint8 codes [..., n] in the range of `dtype`.
+        q: integer codes [..., n] in the range of `dtype`.
         dtype: "int2", "int3", "int4" (or an 8-bit type, which is only reinterpreted).
 
     Returns:
         uint8 [..., ceil(n * bits / 8)]; unused bits of the last byte are zero.
 
     Raises:
-        InputError: a code is outside the range of `dtype`, or `q` is a scalar.
+        InputError: a code is outside the range of `dtype`, or `q` is a scalar or not of integers.
     """
     kind = qdtype(dtype)
     if q.ndim == 0:
         raise InputError("a scalar cannot be packed; give a tensor of at least one axis")
-    if q.numel() and not bool(((q >= kind.qmin) & (q <= kind.qmax)).all()):
-        raise InputError(
-            f"codes from {int(q.min())} to {int(q.max())} do not fit {kind.name} "
-            f"({kind.qmin}..{kind.qmax}); quantize with this type first"
-        )
-    count = q.shape[-1]
-    bits = (q.to(torch.int32).unsqueeze(-1) >> torch.arange(kind.bits, device=q.device)) & 1
-    stream = bits.reshape(*q.shape[:-1], count * kind.bits)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
-    octets = stream.reshape(*q.shape[:-1], stream.shape[-1] // 8, 8)
-    weights = 1 << torch.arange(8, device=q.device, dtype=torch.int32)
-    return (octets * weights).sum(-1).to(torch.uint8)
+    if q.dtype.is_floating_point or q.dtype.is_complex:
+        raise InputError(f"pack takes integer codes, not {q.dtype}; quantize the tensor first")
+    _check_range(q, kind)
+    bits, count = kind.bits, q.shape[-1]
+    run, octets = _run(bits)
+    padded = torch.nn.functional.pad(q, (0, -count % run))
+    word = torch.zeros_like(padded[..., ::run], dtype=torch.int32)
+    for i in range(run):
+        code = padded[..., i::run].to(torch.int32) & ((1 << bits) - 1)
+        word |= code << (i * bits)
+    stream = torch.stack([((word >> (8 * i)) & 255).to(torch.uint8) for i in range(octets)], -1)
+    return stream.flatten(-2)[..., : _packed_size(count, bits)].contiguous()
 
 
 def unpack(packed: torch.Tensor, dtype: str | QDType, count: int) -> torch.Tensor:
@@ -56,20 +58,46 @@ def unpack(packed: torch.Tensor, dtype: str | QDType, count: int) -> torch.Tenso
         codes [..., count] in the storage type (int8; uint8 for "uint8").
 
     Raises:
-        InputError: `packed` is not the length that `count` codes take.
+        InputError: `packed` is not uint8, or not of the length that `count` codes take.
     """
     kind = qdtype(dtype)
-    expected = -(-count * kind.bits // 8)
+    if count < 0:
+        raise InputError(f"count is {count}; give the number of codes that were packed")
+    if packed.dtype != torch.uint8:
+        raise InputError(f"unpack takes bytes as torch.uint8, not {packed.dtype}")
+    bits, expected = kind.bits, _packed_size(count, kind.bits)
     if packed.ndim == 0 or packed.shape[-1] != expected:
         found = packed.shape[-1] if packed.ndim else "none"
         raise InputError(
             f"{count} codes of {kind.name} take {expected} bytes on the last axis, not {found}"
         )
-    octets = (packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1
-    stream = octets.reshape(*packed.shape[:-1], expected * 8)[..., : count * kind.bits]
-    bits = stream.reshape(*packed.shape[:-1], count, kind.bits)
-    weights = 1 << torch.arange(kind.bits, device=packed.device, dtype=torch.int32)
-    code = (bits * weights).sum(-1)
-    if kind.symmetric:
-        code = torch.where(code > kind.qmax, code - (1 << kind.bits), code)
-    return code.to(kind.storage)
+    run, octets = _run(bits)
+    padded = torch.nn.functional.pad(packed, (0, -expected % octets))
+    word = torch.zeros_like(padded[..., ::octets], dtype=torch.int32)
+    for i in range(octets):
+        word |= padded[..., i::octets].to(torch.int32) << (8 * i)
+    mask, sign = (1 << bits) - 1, (1 << (bits - 1)) if kind.symmetric else 0
+    # Flipping the sign bit and subtracting it extends the sign.
+    codes = [((((word >> (i * bits)) & mask) ^ sign) - sign).to(kind.storage) for i in range(run)]
+    return torch.stack(codes, -1).flatten(-2)[..., :count].contiguous()
+
+
+def _run(bits: int) -> tuple[int, int]:
+    """Codes and bytes in the shortest run of codes that ends on a byte."""
+    codes = 8 // math.gcd(bits, 8)
+    return codes, codes * bits // 8
+
+
+def _packed_size(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+def _check_range(q: torch.Tensor, kind: QDType) -> None:
+    if q.numel() == 0:
+        return
+    low, high = int(q.min()), int(q.max())
+    if low < kind.qmin or high > kind.qmax:
+        raise InputError(
+            f"codes from {low} to {high} do not fit {kind.name} ({kind.qmin}..{kind.qmax}); "
+            "quantize with this type first"
+        )

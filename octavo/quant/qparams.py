@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -68,15 +67,18 @@ def qdtype(name: str | QDType) -> QDType:
 class QParams:
     """How real numbers map to integers: real = (integer - zero_point) * scale.
 
+    Two are equal, and hash alike, where type, granularity and numbers are equal, on any device.
+
     Attributes:
-        scale: float32 tensor, positive and finite; its shape follows from the granularity.
-        zero_point: int32 tensor of the same shape; zero for signed types.
+        scale: float32 tensor, positive and finite; its shape follows from the granularity. A
+            number or any float tensor may be given; it is copied.
+        zero_point: int32 tensor of the same shape, on the same device; zero for signed types.
         dtype: the integer type.
         granularity: which values share a scale.
 
     Raises:
-        InputError: a scale that is not positive and finite, a zero point that the type cannot
-            hold, or shapes that do not belong together.
+        InputError: a scale that is not positive and finite in float32, a zero point that the
+            type cannot hold, or shapes that do not belong together.
     """
 
     scale: torch.Tensor
@@ -85,32 +87,17 @@ class QParams:
     granularity: Granularity = field(default=PerTensor())
 
     def __post_init__(self) -> None:
-        scale = torch.as_tensor(self.scale).detach().to(torch.float32).contiguous()
-        zero_point = torch.as_tensor(self.zero_point).detach().to(torch.int32).contiguous()
+        # The detour through float64 keeps the value that was given for the message, and its last
+        # step always copies: parameters do not change when a caller's statistics do.
+        scale = torch.as_tensor(self.scale, dtype=torch.float64).detach()
+        zero_point = torch.as_tensor(
+            self.zero_point, dtype=torch.float64, device=scale.device
+        ).detach()
         object.__setattr__(self, "dtype", qdtype(self.dtype))
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "zero_point", zero_point)
-        if scale.shape != zero_point.shape:
-            raise InputError(
-                f"scale has shape {list(scale.shape)} and zero_point {list(zero_point.shape)}; "
-                "they must be equal"
-            )
-        if isinstance(self.granularity, PerTensor) and scale.ndim:
-            raise InputError(f"a per-tensor scale is a scalar, not of shape {list(scale.shape)}")
-        if isinstance(self.granularity, PerChannel) and scale.ndim != 1:
-            raise InputError(f"a per-channel scale has one axis, not shape {list(scale.shape)}")
-        bad = ~(torch.isfinite(scale) & (scale > 0))
-        if bool(bad.any()):
-            raise InputError(f"scale {float(scale[bad].flatten()[0])} is not positive and finite")
-        if self.dtype.symmetric:
-            if bool(zero_point.any()):
-                value = int(zero_point[zero_point != 0].flatten()[0])
-                raise InputError(f"zero_point {value} with the symmetric {self.dtype.name}; use 0")
-        elif bool(((zero_point < self.dtype.qmin) | (zero_point > self.dtype.qmax)).any()):
-            raise InputError(
-                f"zero_point {int(zero_point.max())} is outside {self.dtype.name}'s "
-                f"{self.dtype.qmin}..{self.dtype.qmax}"
-            )
+        _check_shapes(scale, zero_point, self.granularity)
+        _check_values(scale, zero_point, self.dtype)
+        object.__setattr__(self, "scale", scale.to(torch.float32).contiguous())
+        object.__setattr__(self, "zero_point", zero_point.to(torch.int32).contiguous())
 
     @property
     def axis(self) -> int | None:
@@ -134,10 +121,37 @@ class QParams:
         return (
             self.dtype == other.dtype
             and self.granularity == other.granularity
-            and torch.equal(self.scale, other.scale)
-            and torch.equal(self.zero_point, other.zero_point)
+            and torch.equal(self.scale.cpu(), other.scale.cpu())
+            and torch.equal(self.zero_point.cpu(), other.zero_point.cpu())
         )
 
     def __hash__(self) -> int:
-        values: tuple[Any, ...] = (tuple(self.scale.shape), float(self.scale.sum()))
-        return hash((self.dtype, self.granularity, values))
+        values = self.scale.cpu().numpy().tobytes(), self.zero_point.cpu().numpy().tobytes()
+        return hash((self.dtype, self.granularity, *values))
+
+
+def _check_shapes(scale: torch.Tensor, zero_point: torch.Tensor, granularity: Granularity) -> None:
+    shape = list(scale.shape)
+    if scale.shape != zero_point.shape:
+        raise InputError(
+            f"scale has shape {shape} and zero_point {list(zero_point.shape)}; they must be equal"
+        )
+    if isinstance(granularity, PerTensor) and scale.ndim:
+        raise InputError(f"a per-tensor scale is a scalar, not of shape {shape}")
+    if isinstance(granularity, PerChannel) and scale.ndim != 1:
+        raise InputError(f"a per-channel scale has one axis, not shape {shape}")
+    if isinstance(granularity, PerGroup) and not scale.ndim:
+        raise InputError("a per-group scale has an axis of groups and is not a scalar")
+
+
+def _check_values(scale: torch.Tensor, zero_point: torch.Tensor, kind: QDType) -> None:
+    rounded = scale.to(torch.float32)
+    bad = scale[~(torch.isfinite(rounded) & (rounded > 0))]
+    if bad.numel():
+        raise InputError(f"scale {float(bad[0])} is not positive and finite in float32")
+    low, high = (0, 0) if kind.symmetric else (kind.qmin, kind.qmax)
+    fits = (zero_point == zero_point.round()) & (zero_point >= low) & (zero_point <= high)
+    bad = zero_point[~fits]
+    if bad.numel():
+        allowed = "0, as it is symmetric" if kind.symmetric else f"an integer {low}..{high}"
+        raise InputError(f"zero_point {float(bad[0]):g} does not fit {kind.name}; use {allowed}")

@@ -1,0 +1,1 @@
+"""Calibration: from batches of real data to the scales of a quantized model."""

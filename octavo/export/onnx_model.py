@@ -1,0 +1,292 @@
+"""Reading, checking, identifying and writing ONNX models (as onnx_ir graphs)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir import passes
+from onnx_ir.passes import common
+
+from octavo.core.arrays import Array
+from octavo.core.errors import ArtifactError, ExportError
+from octavo.core.files import atomic_path
+from octavo.core.results import TensorSpec
+
+__all__ = [
+    "extract_model",
+    "fingerprint",
+    "initializer",
+    "input_specs",
+    "load_onnx",
+    "output_specs",
+    "prepare",
+    "save_onnx",
+    "serialize",
+    "size_bytes",
+]
+
+TARGET_OPSET = 20
+"""Old models are lifted to this: Q/DQ with float16 scales need 19, TensorRT 10 reads 20."""
+MINIMUM_OPSET = 13
+PROTOBUF_LIMIT = 2**31 - 2**20
+"""Protobuf cannot hold 2 GiB; larger models keep their weights in a file beside the graph."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of torch's exporter: the path of the module that a node comes from."""
+
+
+def load_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir.Model:
+    """Reads an ONNX model and makes it ready for quantization (see `prepare`).
+
+    Args:
+        source: a path (external data beside it is found), a ModelProto or an onnx_ir model, which
+            is left as it is.
+
+    Raises:
+        ArtifactError: there is no such file, or it is not an ONNX model.
+        ExportError: the model cannot be lifted to an opset that has Q/DQ.
+    """
+    if isinstance(source, ir.Model):
+        return prepare(source.clone())
+    if isinstance(source, onnx.ModelProto):
+        return prepare(ir.from_proto(source))
+    path = Path(source)
+    if not path.is_file():
+        raise ArtifactError(f"there is no file {path}; give the path of an .onnx model")
+    try:
+        model = ir.load(path)
+        nodes = len(model.graph)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for a broken file
+        raise ArtifactError(f"{path} is not a readable ONNX model: {_first_line(error)}") from error
+    if not nodes:
+        raise ArtifactError(f"{path} holds no nodes; it is empty or not an ONNX model")
+    return prepare(model)
+
+
+def prepare(model: ir.Model) -> ir.Model:
+    """Simplifies a model in place as engines do anyway, and returns it.
+
+    Functions are inlined, constants folded, BatchNormalization and Pad folded into convolutions,
+    the opset lifted to 20 where it is older, nodes given unique names, and metadata of the
+    exporter (which holds paths of the machine it ran on) removed, but for module scopes.
+
+    Raises:
+        ExportError: the opset is too old to be lifted.
+    """
+    from onnxscript import optimizer, rewriter
+
+    model = _lift_opset(model)
+    unlimited = 2**40  # fold transposed weights of any size, so that layers see plain constants
+    try:
+        optimizer.optimize(model, input_size_limit=unlimited, output_size_limit=unlimited)
+        rewriter.rewrite(model)
+    except Exception as error:  # the simplifier raises whatever its rules raise
+        raise ExportError(
+            f"the model could not be simplified: {_first_line(error)}; check it with onnx.checker"
+        ) from error
+    passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+        common.NameFixPass(),
+    )(model)
+    _strip_metadata(model)
+    _name_nodes(model.graph)
+    return model
+
+
+def fingerprint(model: ir.Model) -> str:
+    """SHA-256 of what a model computes: operators, attributes, tensor names, shapes and weights.
+
+    Names of nodes, metadata and the producer's version do not count.
+    """
+    digest = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        digest.update("\x1f".join(map(str, parts)).encode() + b"\x1e")
+
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        add("io", value.name, value.dtype, value.shape)
+    for name in sorted(graph.initializers):
+        tensor = graph.initializers[name].const_value
+        if tensor is None:
+            continue
+        add("init", name, tensor.dtype, list(tensor.shape))
+        digest.update(tensor.tobytes())
+    for node in graph:
+        names = [value.name if value else "" for value in node.inputs]
+        add("node", node.domain, node.op_type, names, [value.name for value in node.outputs])
+        for key in sorted(node.attributes):
+            add("attr", key, ir.serde.serialize_attribute(node.attributes[key]))
+    return digest.hexdigest()
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The model as one protobuf message, weights inside.
+
+    Raises:
+        ExportError: the model exceeds the 2 GiB that protobuf can hold; use `save_onnx`.
+    """
+    if size_bytes(model) > PROTOBUF_LIMIT:
+        raise ExportError(
+            f"the model has {size_bytes(model):,} bytes of weights, more than one protobuf file "
+            "can hold; save it with external data"
+        )
+    inline = model.clone()
+    for value in inline.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
+    message: bytes = ir.to_proto(inline).SerializeToString(deterministic=True)
+    return message
+
+
+def save_onnx(model: ir.Model, path: str | os.PathLike[str]) -> Path:
+    """Writes a model in one step; weights over 2 GiB go to `<path>.data` beside it."""
+    target = Path(path)
+    if size_bytes(model) <= PROTOBUF_LIMIT:
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(serialize(model))
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        data = f"{target.name}.data"
+        ir.save(model, Path(folder) / target.name, external_data=data)
+        (Path(folder) / data).replace(target.parent / data)
+        (Path(folder) / target.name).replace(target)
+    return target
+
+
+def size_bytes(model: ir.Model) -> int:
+    """Bytes of all weights of a model."""
+    values = model.graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """The inputs that a caller has to give."""
+    weights = model.graph.initializers
+    return tuple(_spec(value) for value in model.graph.inputs if value.name not in weights)
+
+
+def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """The outputs."""
+    return tuple(_spec(value) for value in model.graph.outputs)
+
+
+def initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
+    """Adds a constant to a graph, or replaces the one of that name, and returns its value."""
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
+    known = model.graph.initializers.get(name)
+    if known is not None:
+        known.const_value = tensor
+        known.type, known.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        return known
+    value = ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def extract_model(model: ir.Model, inputs: Sequence[str], outputs: Iterable[str]) -> ir.Model:
+    """The part of a model that computes `outputs` from `inputs` (tensor names).
+
+    The parts share weights with the original, which is not changed.
+    """
+    graph = ir.convenience.extract(model.graph, list(inputs), list(outputs))
+    return ir.Model(graph, ir_version=model.ir_version)
+
+
+def node_scopes(node: ir.Node) -> list[str]:
+    """Paths of the modules that a node lies in, outermost first; empty if not known."""
+    import ast
+
+    text = node.metadata_props.get(SCOPES)
+    if not text:
+        return []
+    try:
+        scopes = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
+        return []
+    return scopes[:-1]  # the last one is the node itself
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.shape is None or value.dtype is None:
+        raise ExportError(
+            f"the shape or type of {value.name!r} is not known; run onnx.shape_inference first"
+        )
+    axes: list[int | str] = []
+    for index, axis in enumerate(value.shape):
+        if isinstance(axis, int):
+            axes.append(axis)
+        else:
+            axes.append(axis.value if axis.value is not None else f"axis{index}")
+    return TensorSpec(value.name or "", tuple(axes), str(value.dtype.numpy()))
+
+
+def _lift_opset(model: ir.Model) -> ir.Model:
+    version = model.opset_imports.get("", 0)
+    if version >= TARGET_OPSET - 1:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), TARGET_OPSET)
+        return ir.from_proto(proto)
+    except Exception as error:  # the converter raises RuntimeError and more
+        if version >= MINIMUM_OPSET:
+            return model
+        raise ExportError(
+            f"opset {version} has no per-channel QuantizeLinear and could not be lifted to "
+            f"{TARGET_OPSET}: {_first_line(error)}; export the model with opset 17 or newer"
+        ) from error
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    model.metadata_props.clear()
+    model.doc_string = None
+    graph = model.graph
+    graph.metadata_props.clear()
+    graph.doc_string = None
+    for node in graph.all_nodes():
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes:
+            node.metadata_props[SCOPES] = scopes
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names each node after its first output, which is unique and stays when others change."""
+    for node in graph:
+        node.name = f"{node.op_type}:{node.outputs[0].name}"
+
+
+def rename_axes(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Renames dynamic axes everywhere in the graph, in place."""
+    graph = model.graph
+    values = [*graph.inputs]
+    for node in graph:
+        values.extend(node.outputs)
+    for value in values:
+        if value.shape is not None and not value.shape.frozen:
+            for index, axis in enumerate(value.shape):
+                if not isinstance(axis, int) and axis.value is not None and axis.value in names:
+                    value.shape[index] = names[axis.value]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

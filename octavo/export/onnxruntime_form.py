@@ -1,0 +1,253 @@
+"""The same integers in the form that ONNX Runtime's CPU kernels are fast in.
+
+ONNX Runtime runs a layer in INT8 only where a QuantizeLinear follows it directly, its bias is
+int32, and (on x86) its input is uint8. A portable Q/DQ graph, as TensorRT wants it, has an
+activation before the QuantizeLinear, float biases and int8 activations, and runs slower than float
+there. This module rewrites one into the other without changing a single code:
+
+* quantization is monotone, so quantizing a clamp is clamping the codes:
+  Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b));
+* int8 with zero point z is uint8 with zero point z + 128, every code moved by 128;
+* biases already lie on the grid of the accumulator (see `weights`), so int32 holds them exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from octavo.core.arrays import Array
+from octavo.core.errors import ExportError
+from octavo.export.equalization import clamp_bounds
+from octavo.export.onnx_model import initializer
+
+__all__ = ["KernelForm", "LoweredModel", "lower_for_onnxruntime"]
+
+INTEGER_OUTPUT = frozenset({"Add", "Conv", "Gemm", "MatMul"})
+"""Layers with an integer kernel when a QuantizeLinear follows."""
+FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
+"""Layers with a kernel from integers to float too."""
+
+
+@dataclass(frozen=True)
+class KernelForm:
+    """Integer types that ONNX Runtime's kernels take on a processor.
+
+    Attributes:
+        activation: "uint8" or "int8".
+        weight: "int8" or "uint8".
+    """
+
+    activation: str = "uint8"
+    weight: str = "int8"
+
+    def __str__(self) -> str:
+        return f"{self.activation} activations, {self.weight} weights"
+
+
+@dataclass(frozen=True)
+class LoweredModel:
+    """A graph for ONNX Runtime on one kind of processor.
+
+    Attributes:
+        model: the rewritten graph.
+        float_layers: name of a layer with quantized inputs that has no integer kernel -> why not.
+    """
+
+    model: ir.Model
+    float_layers: Mapping[str, str]
+
+
+def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
+    """Rewrites a portable Q/DQ graph; its codes stay the same.
+
+    Args:
+        model: from `quantize_graph`; not changed. A float graph comes back as it is.
+        form: which integer types to use.
+
+    Raises:
+        ExportError: a Q/DQ pair without constant scale and zero point.
+    """
+    copy = model.clone()
+    for node in list(copy.graph):
+        if node.op_type == "QuantizeLinear":
+            _quantize_before_clamps(copy, node)
+    float_layers = {}
+    for node in list(copy.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add"):
+            continue
+        if not _dequantized(node.inputs[0]) or not _dequantized(node.inputs[1]):
+            continue
+        reason = _why_float(node)
+        if reason:
+            float_layers[node.name or ""] = reason
+            _fold_weight(copy, node)
+        elif node.op_type in ("Conv", "Gemm"):
+            _integer_bias(copy, node)
+    for node in list(copy.graph):
+        if node.op_type == "QuantizeLinear":
+            _retype(copy, node.inputs[2], form.activation, node)
+    for node in list(copy.graph):
+        if node.op_type == "DequantizeLinear":
+            source = node.inputs[0]
+            constant = source is not None and source.is_initializer()
+            _retype(copy, node.inputs[2], form.weight if constant else form.activation, node)
+    common.RemoveUnusedNodesPass()(copy)
+    return LoweredModel(copy, float_layers)
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _quantize_before_clamps(model: ir.Model, quantize: ir.Node) -> None:
+    """Moves a QuantizeLinear in front of the clamps that follow a layer, and clamps the codes."""
+    value = quantize.inputs[0]
+    low, high = -np.inf, np.inf
+    clamps = []
+    while value is not None and (clamp := value.producer()) is not None:
+        bounds = clamp_bounds(clamp)
+        if bounds is None or len(list(value.uses())) != 1 or value.is_graph_output():
+            break
+        clamps.append(clamp)
+        # the clamp nearer to the layer acts first, so the outer bounds clip the inner ones
+        low, high = min(max(bounds[0], low), high), max(min(bounds[1], high), low)
+        value = clamp.inputs[0]
+    layer = value.producer() if value is not None else None
+    if not clamps or value is None or layer is None or layer.op_type not in INTEGER_OUTPUT:
+        return
+    if len(list(value.uses())) != 1 or value.is_graph_output():
+        return
+    if not (_dequantized(layer.inputs[0]) and _dequantized(layer.inputs[1])):
+        return
+    scale, zero = _constant(quantize.inputs[1]), _constant(quantize.inputs[2])
+    limits = np.iinfo(zero.dtype)
+    bounds_code = [
+        int(np.clip(np.rint(np.float32(bound) / scale) + int(zero), limits.min, limits.max))
+        for bound in (low, high)
+    ]
+    quantize.replace_input_with(0, value)
+    for clamp in clamps:  # outermost first: each has lost its only reader
+        model.graph.remove(clamp, safe=True)
+    if bounds_code == [limits.min, limits.max]:
+        return
+    codes = quantize.outputs[0]
+    names = [f"{codes.name}.{end}" for end in ("low", "high")]
+    ends = [
+        initializer(model, name, np.asarray(code, dtype=zero.dtype))
+        for name, code in zip(names, bounds_code, strict=True)
+    ]
+    users = list(codes.uses())
+    clip = ir.node("Clip", [codes, *ends], name=f"Clip:{codes.name}")
+    clip.outputs[0].name = f"{codes.name}.clip"
+    clip.outputs[0].type, clip.outputs[0].shape = codes.type, codes.shape
+    model.graph.insert_after(quantize, clip)
+    for user, index in users:
+        user.replace_input_with(index, clip.outputs[0])
+
+
+def _why_float(node: ir.Node) -> str:
+    """Why ONNX Runtime has no integer kernel for a layer with quantized inputs; empty if it has."""
+    output = node.outputs[0]
+    users = [user for user, _ in output.uses()]
+    if node.op_type not in INTEGER_OUTPUT:
+        return f"ONNX Runtime has no INT8 kernel for {node.op_type} on a CPU"
+    quantized = bool(users) and all(user.op_type == "QuantizeLinear" for user in users)
+    if quantized and not output.is_graph_output():
+        return ""
+    if node.op_type in FLOAT_OUTPUT:
+        return ""
+    readers = ", ".join(dict.fromkeys(user.op_type for user in users)) or "the model's output"
+    return (
+        f"ONNX Runtime's INT8 {node.op_type} needs a quantized output, and this one goes to "
+        f"{readers} in float"
+    )
+
+
+def _integer_bias(model: ir.Model, node: ir.Node) -> None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None or bias.const_value is None:
+        return
+    source, weight = (value.producer() for value in node.inputs[:2] if value is not None)
+    if source is None or weight is None:
+        return
+    step = (_constant(source.inputs[1]) * _constant(weight.inputs[1])).astype(np.float32)
+    real = bias.const_value.numpy().astype(np.float64).reshape(-1)
+    codes = np.rint(real / step.astype(np.float64))
+    limits = np.iinfo(np.int32)
+    codes = np.clip(codes, limits.min, limits.max).astype(np.int32)
+    if step.ndim == 0 and codes.size > 1:
+        step = np.full(codes.shape, step, dtype=np.float32)
+    base = f"{node.outputs[0].name}.bias"
+    inputs = [
+        initializer(model, f"{base}.int32", codes),
+        initializer(model, f"{base}.scale", step.reshape(codes.shape)),
+        initializer(model, f"{base}.zero_point", np.zeros(codes.shape, dtype=np.int32)),
+    ]
+    dequantize = ir.node(
+        "DequantizeLinear", inputs, attributes={"axis": 0}, name=f"DequantizeLinear:{base}"
+    )
+    dequantize.outputs[0].name = f"{base}.dq"
+    dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    dequantize.outputs[0].shape = bias.shape
+    model.graph.insert_before(node, dequantize)
+    node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _fold_weight(model: ir.Model, node: ir.Node) -> None:
+    """Dequantizes a constant weight once, so that a float kernel need not do it at every call."""
+    value = node.inputs[1]
+    dequantize = value.producer() if value is not None else None
+    if dequantize is None or value is None or not dequantize.inputs[0]:
+        return
+    if not dequantize.inputs[0].is_initializer():
+        return
+    codes, scale = _constant(dequantize.inputs[0]), _constant(dequantize.inputs[1])
+    axis = dequantize.attributes.get_int("axis", 1) or 0
+    if scale.ndim:
+        scale = scale.reshape([-1 if index == axis else 1 for index in range(codes.ndim)])
+    real = (codes.astype(np.float32) * scale).astype(np.float32)
+    node.replace_input_with(1, initializer(model, f"{value.name}.float", real))
+
+
+def _retype(model: ir.Model, zero_point: ir.Value | None, target: str, node: ir.Node) -> None:
+    """Moves a Q or DQ node, and what lies between a pair, from int8 codes to uint8 or stays."""
+    zero = _constant(zero_point)
+    if zero.dtype == np.int32 or zero.dtype.name == target or target == "int8":
+        return
+    name = zero_point.name or "" if zero_point is not None else ""
+    moved = initializer(model, f"{name}.uint8", (zero.astype(np.int16) + 128).astype(np.uint8))
+    node.replace_input_with(2, moved)
+    if node.op_type == "QuantizeLinear":
+        node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+        for user, _ in list(node.outputs[0].uses()):
+            if user.op_type == "Clip":
+                _retype_clip(model, user)
+        return
+    codes = node.inputs[0]
+    if codes is not None and codes.is_initializer() and codes.dtype == ir.DataType.INT8:
+        shifted = (_constant(codes).astype(np.int16) + 128).astype(np.uint8)
+        node.replace_input_with(0, initializer(model, f"{codes.name}.uint8", shifted))
+
+
+def _retype_clip(model: ir.Model, clip: ir.Node) -> None:
+    clip.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+    for index in (1, 2):
+        bound = clip.inputs[index]
+        code = (_constant(bound).astype(np.int16) + 128).astype(np.uint8)
+        name = f"{bound.name if bound else ''}.uint8"
+        clip.replace_input_with(index, initializer(model, name, code))
+
+
+def _constant(value: ir.Value | None) -> Array:
+    if value is None or value.const_value is None:
+        raise ExportError(
+            f"the scale or zero point {value.name if value else '(missing)'!r} of a Q/DQ pair is "
+            "not a constant; export the model again"
+        )
+    return value.const_value.numpy()

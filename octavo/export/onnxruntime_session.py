@@ -1,0 +1,158 @@
+"""ONNX Runtime sessions with the options that keep INT8 exact, and the probe that checks it."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+
+from octavo.core.arrays import Array
+from octavo.core.errors import BuildError, UnsupportedError
+from octavo.export.onnx_model import serialize
+from octavo.export.onnxruntime_form import KernelForm, lower_for_onnxruntime
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["kernel_form", "make_session", "probe_form"]
+
+
+def make_session(
+    model: ir.Model | bytes | Path,
+    *,
+    threads: int | None = None,
+    optimized_path: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """Opens a model on the CPU.
+
+    Args:
+        model: a graph, its bytes or a path (needed for weights over 2 GB).
+        threads: threads of one operator; None lets ONNX Runtime take one a physical core.
+        optimized_path: where to write the graph as ONNX Runtime will run it.
+
+    Raises:
+        BuildError: ONNX Runtime cannot run the model; the message holds its reason.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # On processors without VNNI, take kernels that do not saturate in 16 bits.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    # Threads sleep between calls instead of spinning, so that engines side by side do not starve.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    source: Any = serialize(model) if isinstance(model, ir.Model) else model
+    if isinstance(source, Path):
+        source = str(source)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common public base
+        raise BuildError(f"ONNX Runtime cannot run this model: {error}") from error
+
+
+@functools.cache
+def kernel_form() -> KernelForm:
+    """The integer types whose kernels are exact on this processor, fastest first.
+
+    Some processors without VNNI add products of uint8 and int8 in 16 bits, which saturates: the
+    published trap of INT8 models that lose points of accuracy on one host and not on another. The
+    candidates are therefore tried on the largest values there are, and the first exact one wins.
+
+    Raises:
+        UnsupportedError: none is exact.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    forms = [KernelForm("uint8", "int8"), KernelForm("uint8", "uint8"), KernelForm("int8", "int8")]
+    for form in forms if x86 else reversed(forms):
+        if probe_form(form):
+            return form
+    raise UnsupportedError(
+        f"no INT8 kernel of this ONNX Runtime is exact on this processor ({platform.processor()}): "
+        "sums saturate in 16 bits; use precision float32, or a processor with VNNI or dot products"
+    )
+
+
+def probe_form(form: KernelForm) -> bool:
+    """Whether INT8 layers in this form give exact sums for the largest codes there are."""
+    return all(
+        np.array_equal(_run(graph, feeds, form), expected)
+        for graph, feeds, expected in (_pointwise(), _depthwise(), _dense())
+    )
+
+
+def _run(graph: onnx.ModelProto, feeds: Mapping[str, Array], form: KernelForm) -> Array:
+    lowered = lower_for_onnxruntime(ir.from_proto(graph), form)
+    result: Array = make_session(lowered.model, threads=1).run(None, dict(feeds))[0]
+    return result
+
+
+def _pointwise() -> tuple[onnx.ModelProto, dict[str, Array], Array]:
+    channels = 64
+    x = np.full((1, channels, 4, 4), 127, dtype=np.float32)
+    x[:, :, ::2] = -128
+    w = np.full((channels, channels, 1, 1), 127, dtype=np.int8)
+    w[1::2] = -127
+    exact = np.einsum("nchw,oc->nohw", x.astype(np.int64), w[:, :, 0, 0].astype(np.int64))
+    return _layer("Conv", x, w, exact)
+
+
+def _depthwise() -> tuple[onnx.ModelProto, dict[str, Array], Array]:
+    channels = 32
+    x = np.full((1, channels, 3, 3), 127, dtype=np.float32)
+    x[:, ::2] = -128
+    w = np.full((channels, 1, 3, 3), 127, dtype=np.int8)
+    w[1::3] = -127
+    exact = (x.astype(np.int64) * w[:, 0].astype(np.int64)).sum((2, 3), keepdims=True)
+    return _layer("Conv", x, w, exact, group=channels)
+
+
+def _dense() -> tuple[onnx.ModelProto, dict[str, Array], Array]:
+    x = np.full((4, 64), 127, dtype=np.float32)
+    x[::2] = -128
+    w = np.full((32, 64), 127, dtype=np.int8)
+    w[1::2] = -127
+    return _layer("Gemm", x, w, x.astype(np.int64) @ w.T.astype(np.int64), transB=1)
+
+
+def _layer(
+    op: str, x: Array, w: Array, exact: Array, **attributes: Any
+) -> tuple[onnx.ModelProto, dict[str, Array], Array]:
+    """One layer with unit scales, whose exact result fits an int8 output of a large scale."""
+    step = np.float32(np.abs(exact).max() / 100)
+    constants = {
+        "one": np.float32(1),
+        "zero": np.int8(0),
+        "w": w,
+        "w_scale": np.ones(len(w), dtype=np.float32),
+        "w_zero": np.zeros(len(w), dtype=np.int8),
+        "step": step,
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "one", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["wd"], axis=0),
+        helper.make_node(op, ["xd", "wd"], ["y"], **attributes),
+        helper.make_node("QuantizeLinear", ["y", "step", "zero"], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "step", "zero"], ["out"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, exact.shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    expected = np.rint(exact.astype(np.float32) / step) * step
+    return model, {"x": x}, expected.astype(np.float32)

@@ -1,0 +1,223 @@
+"""A float graph and the scales that calibration chose, to a Q/DQ graph with INT8 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from octavo.core.arrays import Array, Float32
+from octavo.core.errors import InputError
+from octavo.export.equalization import equalize
+from octavo.export.onnx_model import initializer
+from octavo.export.placement import Placement, QuantizedLayer, place
+from octavo.export.weights import quantize_weight
+from octavo.quant import PerTensor, QParams
+
+__all__ = ["QdqModel", "QuantSpec", "adjust_weights", "insert_qdq", "quantize_graph"]
+
+INTEGER_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Layers whose bias the engine adds in the accumulator."""
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What calibration decided about a graph.
+
+    Attributes:
+        activations: tensor name -> how it is quantized; a tensor that is missing stays float.
+        equalization: tensor name -> factor a channel (see `equalization`).
+        bias_correction: name of a layer's output -> what is added to its bias, a number a channel.
+        exclude: patterns of nodes kept in float.
+    """
+
+    activations: Mapping[str, QParams]
+    equalization: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    bias_correction: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QdqModel:
+    """A quantized graph.
+
+    Attributes:
+        model: the graph with Q/DQ pairs and int8 weights.
+        layers: the layers that run in INT8 where the backend has a kernel.
+        weights: weight name -> its scales.
+        skipped: name of a node that could have been quantized -> why it is not.
+    """
+
+    model: ir.Model
+    layers: tuple[QuantizedLayer, ...]
+    weights: Mapping[str, QParams]
+    skipped: Mapping[str, str]
+
+
+def quantize_graph(model: ir.Model, spec: QuantSpec) -> QdqModel:
+    """Applies a specification to a float graph, which is not changed.
+
+    Raises:
+        InputError: the specification names what the graph does not have.
+    """
+    placement = place(model, spec.exclude)
+    adjusted = adjust_weights(model, placement, spec)
+    return insert_qdq(adjusted, placement, spec.activations)
+
+
+def adjust_weights(model: ir.Model, placement: Placement, spec: QuantSpec) -> ir.Model:
+    """A copy of a float graph with equalized weights and corrected biases."""
+    copy = model.clone()
+    equalize(copy, placement, spec.equalization)
+    nodes = {node.outputs[0].name: node for node in copy.graph}
+    layers = {layer.output: layer for layer in placement.layers}
+    for output, delta in spec.bias_correction.items():
+        if output not in layers:
+            raise InputError(f"bias correction names {output!r}, which no quantized layer makes")
+        add_to_bias(copy, nodes[output], layers[output], np.asarray(delta, dtype=np.float32))
+    return copy
+
+
+def add_to_bias(
+    model: ir.Model,
+    node: ir.Node,
+    layer: QuantizedLayer,
+    delta: Float32,
+) -> None:
+    """Adds a number a channel to a layer's bias, in place; makes a bias where there is none."""
+    if layer.op == "MatMul":
+        if layer.bias is None:
+            raise InputError(f"{layer.name} has no bias to correct")
+        adder = next(user for user, _ in node.outputs[0].uses())
+        position = next(i for i, v in enumerate(adder.inputs) if v and v.name == layer.bias)
+        node = adder
+    else:
+        position = 2
+    old = node.inputs[position] if len(node.inputs) > position else None
+    known = old.const_value.numpy() if old is not None and old.const_value is not None else None
+    if known is not None and known.size not in (1, delta.size):
+        raise InputError(f"{layer.name} has {known.size} biases, not {delta.size}")
+    total = (delta if known is None else known.reshape(-1) + delta).astype(np.float32)
+    value = initializer(model, f"{layer.output}.bias", total)
+    if old is None and len(node.inputs) == position:
+        node.resize_inputs(position + 1)
+    node.replace_input_with(position, value)
+
+
+def insert_qdq(
+    model: ir.Model, placement: Placement, activations: Mapping[str, QParams]
+) -> QdqModel:
+    """Inserts Q/DQ pairs into a copy of a float graph.
+
+    Args:
+        model: the float graph.
+        placement: of this graph.
+        activations: tensor name -> how it is quantized; per tensor, int8 or uint8.
+
+    Raises:
+        InputError: a tensor that the placement does not quantize, or a granularity other than per
+            tensor.
+    """
+    for name, qparams in activations.items():
+        if name not in placement.tensors:
+            raise InputError(f"the model has no tensor {name!r} that can be quantized")
+        if not isinstance(qparams.granularity, PerTensor):
+            raise InputError(f"activations are quantized per tensor; {name!r} is not")
+    copy = model.clone()
+    graph = copy.graph
+    nodes = {node.name: node for node in graph}
+    skipped = dict(placement.skipped)
+    layers, weights = [], {}
+    for layer in placement.layers:
+        missing = [name for name in layer.activations if name not in activations]
+        if missing:
+            skipped[layer.name] = f"the calibration table has no scale for {missing[0]!r}"
+            continue
+        layers.append(layer)
+        if layer.weight is not None:
+            weights[layer.weight] = _quantize_constants(
+                copy, nodes[layer.name], layer, activations[layer.activations[0]]
+            )
+    values = ir.convenience.create_value_mapping(graph)
+    for name, qparams in activations.items():
+        readers = set(placement.tensors[name]) - set(skipped)
+        if readers:
+            _pair(copy, values[name], qparams, readers)
+    _remove_unused(copy)
+    return QdqModel(copy, tuple(layers), weights, skipped)
+
+
+def _quantize_constants(
+    model: ir.Model, node: ir.Node, layer: QuantizedLayer, source: QParams
+) -> QParams:
+    weight = node.inputs[1]
+    bias = node.inputs[2] if layer.op in INTEGER_BIAS and len(node.inputs) > 2 else None
+    quantized = quantize_weight(
+        _numpy(weight),
+        layer.weight_axis,
+        bias=None if bias is None else _numpy(bias),
+        input_scale=float(source.scale),
+    )
+    base = f"{weight.name if weight else ''}"
+    if weight is not None and len(list(weight.uses())) > 1:
+        base = f"{base}:{layer.output}"
+    codes = initializer(model, f"{base}.int8", quantized.codes)
+    scale = initializer(model, f"{base}.scale", quantized.qparams.scale.numpy())
+    zero = initializer(
+        model, f"{base}.zero_point", np.zeros(quantized.qparams.scale.shape, dtype=np.int8)
+    )
+    attributes = {} if layer.weight_axis is None else {"axis": layer.weight_axis}
+    dequantize = _node("DequantizeLinear", [codes, scale, zero], f"{base}.dq", attributes)
+    dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    if weight is not None:
+        dequantize.outputs[0].shape = weight.shape
+    model.graph.insert_before(node, dequantize)
+    node.replace_input_with(1, dequantize.outputs[0])
+    if bias is not None and quantized.bias is not None:
+        node.replace_input_with(2, initializer(model, f"{layer.output}.bias", quantized.bias))
+    return quantized.qparams
+
+
+def _pair(model: ir.Model, value: ir.Value, qparams: QParams, readers: set[str]) -> None:
+    """Puts one Q/DQ pair behind `value` for the nodes named in `readers`."""
+    name = value.name or ""
+    uses = [(user, index) for user, index in value.uses() if user.name in readers]
+    integer = np.dtype(qparams.dtype.name)
+    scale = initializer(model, f"{name}.scale", qparams.scale.numpy())
+    zero = initializer(
+        model, f"{name}.zero_point", qparams.zero_point.numpy().astype(integer, copy=False)
+    )
+    quantize = _node("QuantizeLinear", [value, scale, zero], f"{name}.q")
+    dequantize = _node("DequantizeLinear", [quantize.outputs[0], scale, zero], f"{name}.dq")
+    quantize.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(integer))
+    dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    quantize.outputs[0].shape = dequantize.outputs[0].shape = value.shape
+    producer = value.producer()
+    if producer is not None:
+        model.graph.insert_after(producer, [quantize, dequantize])
+    else:
+        model.graph.insert_before(model.graph[0], [quantize, dequantize])
+    for user, index in uses:
+        user.replace_input_with(index, dequantize.outputs[0])
+
+
+def _node(
+    op: str, inputs: Sequence[ir.Value], output: str, attributes: Mapping[str, int] | None = None
+) -> ir.Node:
+    node = ir.node(op, inputs, attributes=dict(attributes or {}), name=f"{op}:{output}")
+    node.outputs[0].name = output
+    return node
+
+
+def _numpy(value: ir.Value | None) -> Array:
+    if value is None or value.const_value is None:
+        raise InputError(f"{value.name if value else 'an input'} is not a constant")
+    return value.const_value.numpy()
+
+
+def _remove_unused(model: ir.Model) -> None:
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)

@@ -1,0 +1,184 @@
+"""PyTorch modules to ONNX, and the names under which both know the same tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from octavo.core.errors import ExportError, InputError
+from octavo.export.onnx_model import node_scopes, prepare, rename_axes
+
+__all__ = ["TorchExport", "export_torch", "module_ports"]
+
+Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TorchExport:
+    """A module as a graph, twice.
+
+    Attributes:
+        model: the ONNX graph, prepared for quantization.
+        program: the exported program it was translated from; its node names are the tensor names
+            of the ONNX graph.
+    """
+
+    model: ir.Model
+    program: torch.export.ExportedProgram
+
+
+def export_torch(
+    module: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = True
+) -> TorchExport:
+    """Translates a module into ONNX with torch.onnx (dynamo).
+
+    The module is exported in evaluation mode and left in the mode it was in.
+
+    Args:
+        module: any module that torch.export can trace.
+        example_inputs: one tensor, a tuple of positional inputs or a dict of keyword inputs; the
+            first two samples are enough and no more are used.
+        dynamic_batch: make the first axis of every input whose length equals the first input's
+            batch dynamic.
+
+    Raises:
+        InputError: no tensor among the example inputs.
+        ExportError: torch cannot export the module; the message holds torch's reason.
+    """
+    args, kwargs = _split_inputs(example_inputs)
+    args, kwargs, batch = _two_samples(args, kwargs) if dynamic_batch else (args, kwargs, None)
+    shapes = _dynamic_shapes(args, kwargs, batch) if batch else None
+    training = {name: part.training for name, part in module.named_modules()}
+    try:
+        module.eval()
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module, args, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
+    except Exception as error:  # torch.export raises anything a model's forward can raise
+        raise ExportError(_export_message(module, error, dynamic_batch)) from error
+    finally:
+        for name, part in module.named_modules():
+            part.training = training[name]
+    if program is None or program.exported_program is None:
+        raise ExportError(f"torch.onnx gave no program for {type(module).__name__}")
+    model = program.model
+    _name_batch_axis(model)
+    return TorchExport(prepare(model), program.exported_program)
+
+
+def module_ports(model: ir.Model) -> dict[str, str]:
+    """Names of tensors as a module tree knows them: "<module>.input" and "<module>.output".
+
+    A tensor is the input of the module whose weight reads it, and the output of the outermost and
+    every inner module that it leaves. Names that would fit two tensors (a module called twice)
+    are left out.
+
+    Args:
+        model: a graph from `export_torch`; other graphs give an empty dict.
+
+    Returns:
+        port name -> ONNX tensor name.
+    """
+    found: dict[str, set[str]] = {}
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            if index == 0 or value is None or not value.is_initializer():
+                continue
+            module, _, leaf = (value.name or "").rpartition(".")
+            source = node.inputs[0]
+            if leaf == "weight" and source is not None and not source.is_initializer():
+                found.setdefault(f"{module}.input", set()).add(source.name or "")
+        for output in node.outputs:
+            users = [set(node_scopes(user)) for user, _ in output.uses()]
+            for scope in node_scopes(node):
+                if scope and not any(scope in inside for inside in users):
+                    found.setdefault(f"{scope}.output", set()).add(output.name or "")
+    return {port: names.pop() for port, names in sorted(found.items()) if len(names) == 1}
+
+
+def _split_inputs(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, torch.Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise InputError(
+        f"example_inputs is a {type(example).__name__}; give a tensor, a tuple or a dict of tensors"
+    )
+
+
+def _two_samples(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], int | None]:
+    """Cuts or repeats the batch to two samples: torch.export takes a 1 for a constant."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    if not tensors:
+        raise InputError("example_inputs hold no tensor; give at least one")
+    batch = tensors[0].shape[0] if tensors[0].ndim else None
+    if not batch:
+        return args, kwargs, None
+
+    def two(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.ndim == 0 or x.shape[0] != batch:
+            return x
+        return x[:2] if batch > 1 else torch.cat([x, x])
+
+    return tuple(map(two, args)), {key: two(x) for key, x in kwargs.items()}, 2
+
+
+def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Any:
+    def shape(x: Any) -> Any:
+        dynamic = isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == batch
+        return {0: torch.export.Dim.DYNAMIC} if dynamic else None
+
+    if kwargs:
+        return {key: shape(x) for key, x in kwargs.items()}
+    return tuple(shape(x) for x in args)
+
+
+def _name_batch_axis(model: ir.Model) -> None:
+    for value in model.graph.inputs:
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            symbol = value.shape[0].value
+            if symbol is not None:
+                rename_axes(model, {symbol: "batch"})
+            return
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's remarks about packages it could also have used."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _export_message(module: nn.Module, error: Exception, dynamic_batch: bool) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    reason = lines[0][:400] if lines else type(cause).__name__
+    remedy = (
+        "if its batch size is fixed, export it with octavo.export.export_torch(..., "
+        "dynamic_batch=False) and give the ONNX file"
+        if dynamic_batch
+        else "see torch.export's documentation on what it can trace"
+    )
+    return f"torch cannot export {type(module).__name__}: {reason}; {remedy}"

@@ -1,0 +1,224 @@
+"""A report on a terminal: tables that fit 80 columns and stay whole when they are piped.
+
+Numbers never wrap, and names do; what each function prints is in its docstring.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from octavo.core.results import Accuracy, LatencyMs, LayerInfo, LayerReport, Report, Trial
+from octavo.reports._printer import Printer
+from octavo.reports.headline import headline
+from octavo.reports.summary import (
+    NONE,
+    Row,
+    backend_title,
+    engine_rows,
+    format_layers,
+    format_percent,
+    format_ratio,
+    format_seconds,
+    format_spread,
+    format_sqnr,
+    precision_title,
+    significant,
+    speed_up,
+)
+
+__all__ = ["print_comparison", "print_layers", "print_report", "print_trials"]
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Prints the results: one entry an engine, then the headline and the notes.
+
+    Args:
+        report: what was measured.
+        console: where to print; standard output when None.
+    """
+    out = Printer(console)
+    out.line(report.title, style="bold")
+    facts = [f"{key}: {value}" for key, value in report.data.items()]
+    if facts:
+        out.line("; ".join(facts), style="dim")
+    out.line()
+    out.show(_results(out, engine_rows(report)))
+    out.line()
+    out.line(
+        "Size and speed-up: against the PyTorch baseline. Latency: median, and 20th to 80th "
+        "percentile. SQNR and equal top-1 predictions: against the baseline's output.",
+        style="dim",
+    )
+    out.line()
+    out.line(headline(report))
+    _notes(out, report)
+
+
+def _results(out: Printer, rows: Sequence[Row]) -> Table:
+    """The results table; a cell holds a number and, below it, what qualifies it."""
+    labelled = any(row.top1 != NONE for row in rows)
+    layered = any(row.result.layers for row in rows)
+    columns = [("Engine\n", "name"), *_numbers("Size\nratio", "Latency\np20–p80")]
+    columns += _numbers("Speed-\nup", "SQNR\nsame top-1")
+    columns += _numbers("Top-1\nacc.") if labelled else []
+    columns += [("Layers\n", "fixed")] if layered else []
+    table = out.table(columns)
+    for index, row in enumerate(rows):
+        if index:
+            table.add_row()
+        result = row.result
+        kind = f"{backend_title(result.backend)}, {precision_title(result.precision)}"
+        cells = [f"{result.name}\n{kind}", f"{row.size}\n{row.size_ratio}"]
+        cells += [f"{row.latency}\n{row.spread}", row.speed_up]
+        same = row.sqnr == row.agreement
+        cells += [row.sqnr if same else f"{row.sqnr}\n{row.agreement}"]
+        cells += [row.top1] if labelled else []
+        cells += ["\n".join(format_layers(result.layers)) or NONE] if layered else []
+        out.row(table, cells)
+    return table
+
+
+def _numbers(*headings: str) -> list[tuple[str, str]]:
+    """Columns of numbers, for `Printer.table`."""
+    return [(heading, "number") for heading in headings]
+
+
+def _notes(out: Printer, report: Report) -> None:
+    """The notes of the report and of its engines, one a paragraph, and the command."""
+    notes = list(report.notes)
+    for result in (report.baseline, *report.engines):
+        notes += [f"{result.name}: {note}" for note in result.notes]
+    if notes:
+        out.line()
+        out.items(notes)
+    if report.command:
+        out.line()
+        out.line("Made with:", style="dim")
+        out.verbatim(report.command)
+
+
+def print_trials(trials: Sequence[Trial], console: Console | None = None) -> None:
+    """Prints the candidates that calibration compared, the chosen one marked.
+
+    Args:
+        trials: the candidates, in the order in which they are shown.
+        console: where to print; standard output when None.
+    """
+    out = Printer(console)
+    if not trials:
+        out.line("Calibration compared no candidates.")
+        return
+    columns = [("Calibration", "name"), *_numbers("SQNR", "Same top-1", "Time"), ("", "fixed")]
+    table = out.table(columns)
+    for trial in trials:
+        out.row(
+            table,
+            [
+                trial.name,
+                format_sqnr(trial.sqnr_db),
+                format_percent(trial.top1_agreement),
+                format_seconds(trial.seconds),
+                "chosen" if trial.chosen else "",
+            ],
+            style="bold" if trial.chosen else "",
+        )
+    out.show(table)
+
+
+def print_layers(
+    layer_report: LayerReport, limit: int | None = None, console: Console | None = None
+) -> None:
+    """Prints what ran in which precision, and why not in INT8.
+
+    Args:
+        layer_report: the layers as the backend reports them, in execution order.
+        limit: most layers to list. Those that say why they are not INT8 come first, and the rest
+            is summed up in one line; None lists all.
+        console: where to print; standard output when None.
+    """
+    out = Printer(console)
+    layers = layer_report.layers
+    if not layers:
+        out.line("The engine reports no layers.")
+        return
+    shown = _pick(layers, limit)
+    out.line(", ".join(format_layers(layer_report.counts())), style="bold")
+    explained = any(layers[i].reason for i in shown)
+    columns = [("Layer", "name"), ("Operator", "name"), ("Runs in", "fixed")]
+    table = out.table(columns + ([("Why not INT8", "name")] if explained else []))
+    for index in shown:
+        layer = layers[index]
+        cells = [layer.name, layer.op, _runs_in(layer)] + ([layer.reason] if explained else [])
+        out.row(table, cells, style="yellow" if layer.reason else "")
+    if shown:
+        out.line()
+        out.show(table)
+    rest = Counter(_runs_in(layers[i]) for i in set(range(len(layers))) - set(shown))
+    if rest:
+        out.line(f"… and {sum(rest.values())} more: {', '.join(format_layers(rest))}", style="dim")
+
+
+def _pick(layers: Sequence[LayerInfo], limit: int | None) -> list[int]:
+    """Indices of the layers to list, in execution order."""
+    order = sorted(range(len(layers)), key=lambda i: not layers[i].reason)
+    return sorted(order if limit is None else order[: max(limit, 0)])
+
+
+def _runs_in(layer: LayerInfo) -> str:
+    """The precision of a layer, or that it only moves data."""
+    return layer.precision if layer.kind == "compute" else "reformat"
+
+
+def print_comparison(
+    name_a: str,
+    name_b: str,
+    accuracy: Accuracy | None,
+    latency_a: LatencyMs | None,
+    latency_b: LatencyMs | None,
+    console: Console | None = None,
+) -> None:
+    """Prints two models or engines side by side.
+
+    Args:
+        name_a: the reference.
+        name_b: what is set against it.
+        accuracy: how far b's output is from a's; None where it was not measured.
+        latency_a: one call of a; None where it was not measured.
+        latency_b: one call of b; None where it was not measured.
+        console: where to print; standard output when None.
+    """
+    out = Printer(console)
+    columns = [("", "name"), *_numbers("Latency p50", "p20–p80", "Calls", "Speed-up")]
+    table = out.table(columns)
+    for name, latency in ((name_a, latency_a), (name_b, latency_b)):
+        out.row(
+            table,
+            [
+                name,
+                f"{significant(latency.p50)} ms" if latency else NONE,
+                format_spread(latency),
+                str(latency.count) if latency else NONE,
+                format_ratio(speed_up(latency_a, latency)),
+            ],
+        )
+    out.show(table)
+    if accuracy is not None:
+        out.line()
+        out.line(f"Output of {name_b} against {name_a}:")
+        out.items(_distance(accuracy))
+
+
+def _distance(accuracy: Accuracy) -> list[str]:
+    """Every measure of an accuracy, in words."""
+    facts = [f"SQNR {format_sqnr(accuracy.sqnr_db, equal='infinite (equal)')}"]
+    facts += [f"largest difference {significant(accuracy.max_error)}"]
+    facts += [f"cosine similarity {accuracy.cosine:.6f}"]
+    if accuracy.top1_agreement is not None:
+        facts.append(f"{format_percent(accuracy.top1_agreement)} of the predictions equal")
+    if accuracy.top1_accuracy is not None:
+        facts.append(f"{format_percent(accuracy.top1_accuracy)} right")
+    return facts

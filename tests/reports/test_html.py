@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_samples import HOSTILE
+
+from octavo.core.errors import InputError
+from octavo.core.results import LayerInfo, LayerReport, Report
+from octavo.reports import headline, write_html
+from octavo.reports.summary import engine_rows
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: tags must nest, and every tag but the void ones must be closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def images(self) -> list[bytes]:
+        prefix = "data:image/svg+xml;base64,"
+        sources = [value for name, value in self.attributes if name == "src"]
+        assert all(source.startswith(prefix) for source in sources), "every image is embedded"
+        return [base64.b64decode(source.removeprefix(prefix)) for source in sources]
+
+
+def read(report: Report, path: Path, **options: dict[str, LayerReport]) -> Page:
+    return Page(write_html(report, path / "report.html", **options).read_text(encoding="utf-8"))
+
+
+def test_page_holds_everything(report: Report, tmp_path: Path) -> None:
+    page = read(report, tmp_path)
+    for row in engine_rows(report):
+        for text in (row.size, row.size_ratio, row.latency, row.spread, row.speed_up, row.sqnr):
+            assert text in page.text
+    for name in (
+        "eager",
+        "ORT float32",
+        "ORT INT8",
+        "TRT <script>alert('x')</script> & \"quotes\"",
+    ):
+        assert name in page.text
+    assert headline(report) in page.text
+    for fact in ("Example CPU", "2,000 crops", report.command, "Zweite Notiz: größer."):
+        assert fact in page.text
+    assert "reference" in page.text, "the baseline has no accuracy loss"
+
+
+def test_plots_are_embedded_and_well_formed(report: Report, tmp_path: Path) -> None:
+    images = read(report, tmp_path).images()
+    assert len(images) == 4
+    for image in images:
+        assert ElementTree.fromstring(image).tag.endswith("svg")  # noqa: S314 - our own file
+
+
+def test_names_are_escaped(report: Report, tmp_path: Path) -> None:
+    hostile = dataclasses.replace(
+        report, title=HOSTILE, machine={HOSTILE: HOSTILE}, data={HOSTILE: HOSTILE}, command=HOSTILE
+    )
+    layers = LayerReport((LayerInfo(HOSTILE, HOSTILE, HOSTILE, reason=HOSTILE),))
+    text = write_html(hostile, tmp_path / "r.html", layers={"ORT INT8": layers}).read_text("utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", text), "control codes are not valid in HTML"
+
+
+def test_nothing_is_loaded_from_outside(report: Report, tmp_path: Path) -> None:
+    page = read(report, tmp_path)
+    assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "base", "form"})
+    names = {name for name, _ in page.attributes}
+    assert not any(name.startswith("on") or name in ("href", "srcset") for name in names)
+    assert any("default-src 'none'" in value for name, value in page.attributes)
+
+
+def test_same_report_same_bytes(report: Report, tmp_path: Path) -> None:
+    first, second = (write_html(report, tmp_path / f"{i}.html").read_bytes() for i in range(2))
+    assert first == second
+
+
+def test_layers_say_why_they_are_not_int8(report: Report, tmp_path: Path) -> None:
+    some = LayerReport((LayerInfo("head", "Sigmoid", "float32", reason="no INT8 kernel"),))
+    all_int8 = LayerReport((LayerInfo("conv", "Conv", "int8"),))
+    page = read(report, tmp_path, layers={"ORT INT8": some, "ORT float32": all_int8})
+    assert "no INT8 kernel" in page.text
+    assert "Every layer that could run in INT8 does." in page.text
+
+
+def test_layers_of_an_unknown_engine_are_refused(report: Report, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'ORT int8'.*'ORT INT8'"):
+        write_html(report, tmp_path / "r.html", layers={"ORT int8": LayerReport(())})
+
+
+def test_bare_report(bare_report: Report, tmp_path: Path) -> None:
+    page = read(bare_report, tmp_path)
+    assert page.images() == []
+    assert "eager" in page.text
+    assert "No backend reported its layers." in page.text
+    for section in ("Calibration", "Noise layer by layer", "Ranges of tensors", "Notes"):
+        assert section not in page.text
+
+
+@pytest.mark.parametrize("field", ["trials", "layer_sqnr", "histograms", "engines", "notes"])
+def test_any_part_may_be_empty(report: Report, tmp_path: Path, field: str) -> None:
+    read(dataclasses.replace(report, **{field: ()}), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -187,7 +188,20 @@ class CalibrationTable(_Frozen):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the table as JSON, in one step."""
-        return atomic_write(path, self.model_dump_json(indent=1) + "\n")
+        return atomic_write(path, self.dumps())
+
+    def dumps(self) -> str:
+        """The table as JSON, a line an entry, so that two tables can be compared as text."""
+        fields = []
+        for name, value in self.model_dump(mode="json").items():
+            text = json.dumps(value)
+            if isinstance(value, dict) and value:
+                entries = ",\n".join(
+                    f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items()
+                )
+                text = f"{{\n{entries}\n }}"
+            fields.append(f" {json.dumps(name)}: {text}")
+        return "{\n" + ",\n".join(fields) + "\n}\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationTable:

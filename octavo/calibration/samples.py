@@ -1,0 +1,92 @@
+"""Which samples of a stream are kept, held back, or only looked at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from octavo.core.arrays import Array
+from octavo.core.feeds import batch_size
+from octavo.core.results import TensorSpec
+
+__all__ = ["Divider", "Reservoir"]
+
+Feeds = dict[str, Array]
+
+
+class Reservoir:
+    """A fair choice of at most `capacity` samples of a stream (Vitter 1985, algorithm R).
+
+    The choice is the same in every run over the same data.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._seen = 0
+        self._random = random.Random(0)  # noqa: S311 - a fair choice, not a secret one
+        self.samples: list[Feeds] = []
+
+    def add(self, sample: Mapping[str, Array]) -> None:
+        """Offers one sample (arrays with a leading axis of 1)."""
+        self._seen += 1
+        place = len(self.samples)
+        if place >= self._capacity:
+            place = self._random.randrange(self._seen)
+        if place < self._capacity:
+            copy = {name: np.array(array) for name, array in sample.items()}
+            self.samples[place : place + 1] = [copy]
+
+    def batches(self) -> list[Feeds]:
+        """The kept samples as one batch, or one by one where their shapes differ."""
+        shapes = {tuple((n, a.shape) for n, a in sample.items()) for sample in self.samples}
+        if len(shapes) != 1 or any(array.ndim == 0 for array in self.samples[0].values()):
+            return list(self.samples)
+        names = list(self.samples[0])
+        return [{name: np.concatenate([s[name] for s in self.samples]) for name in names}]
+
+
+class Divider:
+    """Cuts batches into samples to calibrate on and samples to hold back.
+
+    Every fourth sample is held back until there are enough; the rest is calibrated on. Where the
+    batch axis is fixed, a whole batch counts as one sample.
+
+    Args:
+        specs: the model's inputs.
+        hold_back: how many samples to hold back; 0 for none.
+        keep: how many of the others to keep for later.
+
+    Attributes:
+        held: the samples held back.
+        kept: a fair choice of the others.
+    """
+
+    EVERY = 4
+
+    def __init__(self, specs: Sequence[TensorSpec], hold_back: int, keep: int) -> None:
+        self._specs = specs
+        self._hold_back = hold_back
+        self._index = 0
+        self.held = Reservoir(hold_back)
+        self.kept = Reservoir(keep)
+
+    def divide(self, feeds: Feeds) -> Feeds | None:
+        """The part of a batch to calibrate on; None where all of it is held back."""
+        size = batch_size(feeds, self._specs)
+        stay = []
+        for offset in range(size if size is not None else 1):
+            whole = size is None
+            one = feeds if whole else {n: a[offset : offset + 1] for n, a in feeds.items()}
+            self._index += 1
+            if self._index % self.EVERY == 0 and len(self.held.samples) < self._hold_back:
+                self.held.add(one)
+            else:
+                self.kept.add(one)
+                stay.append(offset)
+        if size is None:
+            return feeds if stay else None
+        if len(stay) == size:
+            return feeds
+        return {name: array[stay] for name, array in feeds.items()} if stay else None

@@ -15,7 +15,7 @@ from octavo.calibration.observers import OBSERVERS
 from octavo.calibration.samples import Divider
 from octavo.calibration.search import Candidate, Search, observed_ranges
 from octavo.calibration.statistics import TensorStatistics
-from octavo.calibration.table import CalibrationTable, TensorEntry, WeightEntry
+from octavo.calibration.table import CalibrationTable, TensorEntry, WeightEntry, short_float
 from octavo.core.errors import CalibrationError, InputError, OctavoWarning
 from octavo.core.feeds import as_feeds, batch_size
 from octavo.core.progress import NoProgress, Progress
@@ -248,8 +248,12 @@ def _table(
             for name, qparams in spec.activations.items()
         },
         weights={name: WeightEntry.of(qparams) for name, qparams in quantized.weights.items()},
-        equalization={name: tuple(factor) for name, factor in spec.equalization.items()},
-        bias_correction={name: tuple(delta) for name, delta in spec.bias_correction.items()},
+        equalization={
+            name: tuple(map(short_float, factor)) for name, factor in spec.equalization.items()
+        },
+        bias_correction={
+            name: tuple(map(short_float, delta)) for name, delta in spec.bias_correction.items()
+        },
         exclude=spec.exclude,
         trials=trials,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from octavo.core.arrays import Array
+from octavo.core.errors import CalibrationError
 from octavo.core.feeds import split_batch
 from octavo.export.onnx_model import input_specs
 from octavo.export.onnxruntime_form import lower_for_onnxruntime
@@ -73,7 +73,11 @@ class Judge:
             noise.append(min(sqnr_db(reference, output), 200.0))
             if agreement is None and reference.ndim == 2 and reference.shape[1] > 1:
                 agreement = float((reference.argmax(1) == output.argmax(1)).mean())
-        return Score(sum(noise) / len(noise) if noise else math.nan, agreement)
+        if not noise:
+            raise CalibrationError(
+                "the model has no float output to compare; calibrate with a named observer"
+            )
+        return Score(sum(noise) / len(noise), agreement)
 
     def _outputs(self, model: ir.Model) -> list[Array]:
         session = make_session(model)

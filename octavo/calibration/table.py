@@ -117,7 +117,7 @@ class TensorEntry(_Frozen):
         return cls.model_validate(
             {
                 "dtype": qparams.dtype.name,
-                "scale": float(qparams.scale),
+                "scale": short_float(float(qparams.scale)),
                 "zero_point": int(qparams.zero_point),
                 "observer": observer,
                 "low": statistics.low if statistics.count else 0.0,
@@ -153,7 +153,9 @@ class WeightEntry(_Frozen):
     @classmethod
     def of(cls, qparams: QParams) -> WeightEntry:
         """An entry from parameters."""
-        return cls(axis=qparams.axis, scale=tuple(qparams.scale.reshape(-1).tolist()))
+        return cls(
+            axis=qparams.axis, scale=tuple(map(short_float, qparams.scale.reshape(-1).tolist()))
+        )
 
 
 class CalibrationTable(_Frozen):
@@ -332,6 +334,11 @@ class CalibrationTable(_Frozen):
                 )
             )
         return tuple(found)
+
+
+def short_float(value: float) -> float:
+    """The number of fewest digits that is the same in float32, so that tables stay small."""
+    return float(str(np.float32(value)))
 
 
 class _Header(BaseModel):

@@ -1,0 +1,54 @@
+"""PyTorch to ONNX, and graph to graph: Q/DQ, casts, and the form ONNX Runtime is fast in."""
+
+from octavo.export.equalization import Chain, equalize, find_chains
+from octavo.export.onnx_model import (
+    extract_model,
+    fingerprint,
+    input_specs,
+    load_onnx,
+    output_specs,
+    save_onnx,
+    serialize,
+    size_bytes,
+)
+from octavo.export.onnxruntime_form import KernelForm, LoweredModel, lower_for_onnxruntime
+from octavo.export.onnxruntime_session import kernel_form, make_session, probe_form
+from octavo.export.placement import Placement, QuantizedLayer, place
+from octavo.export.precision import to_float16
+from octavo.export.qdq import QdqModel, QuantSpec, adjust_weights, insert_qdq, quantize_graph
+from octavo.export.torch_export import TorchExport, export_torch, module_ports
+from octavo.export.weights import QuantizedWeight, quantize_weight
+
+__all__ = [
+    "Chain",
+    "KernelForm",
+    "LoweredModel",
+    "Placement",
+    "QdqModel",
+    "QuantSpec",
+    "QuantizedLayer",
+    "QuantizedWeight",
+    "TorchExport",
+    "adjust_weights",
+    "equalize",
+    "export_torch",
+    "extract_model",
+    "find_chains",
+    "fingerprint",
+    "input_specs",
+    "insert_qdq",
+    "kernel_form",
+    "load_onnx",
+    "lower_for_onnxruntime",
+    "make_session",
+    "module_ports",
+    "output_specs",
+    "place",
+    "probe_form",
+    "quantize_graph",
+    "quantize_weight",
+    "save_onnx",
+    "serialize",
+    "size_bytes",
+    "to_float16",
+]

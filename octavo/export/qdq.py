@@ -13,7 +13,7 @@ from octavo.core.errors import InputError
 from octavo.export.equalization import equalize
 from octavo.export.onnx_model import initializer
 from octavo.export.placement import Placement, QuantizedLayer, place
-from octavo.export.weights import quantize_weight
+from octavo.export.weights import half_scale, quantize_weight
 from octavo.quant import PerTensor, QParams
 
 __all__ = ["QdqModel", "QuantSpec", "adjust_weights", "insert_qdq", "quantize_graph"]
@@ -56,15 +56,20 @@ class QdqModel:
     skipped: Mapping[str, str]
 
 
-def quantize_graph(model: ir.Model, spec: QuantSpec) -> QdqModel:
+def quantize_graph(model: ir.Model, spec: QuantSpec, *, half_scales: bool = False) -> QdqModel:
     """Applies a specification to a float graph, which is not changed.
+
+    Args:
+        model: the float graph.
+        spec: what calibration decided.
+        half_scales: round scales up to what float16 can hold, for a graph that will be cast to it.
 
     Raises:
         InputError: the specification names what the graph does not have.
     """
     placement = place(model, spec.exclude)
     adjusted = adjust_weights(model, placement, spec)
-    return insert_qdq(adjusted, placement, spec.activations)
+    return insert_qdq(adjusted, placement, spec.activations, half_scales=half_scales)
 
 
 def adjust_weights(model: ir.Model, placement: Placement, spec: QuantSpec) -> ir.Model:
@@ -107,7 +112,11 @@ def add_to_bias(
 
 
 def insert_qdq(
-    model: ir.Model, placement: Placement, activations: Mapping[str, QParams]
+    model: ir.Model,
+    placement: Placement,
+    activations: Mapping[str, QParams],
+    *,
+    half_scales: bool = False,
 ) -> QdqModel:
     """Inserts Q/DQ pairs into a copy of a float graph.
 
@@ -115,6 +124,7 @@ def insert_qdq(
         model: the float graph.
         placement: of this graph.
         activations: tensor name -> how it is quantized; per tensor, int8 or uint8.
+        half_scales: round scales up to what float16 can hold.
 
     Raises:
         InputError: a tensor that the placement does not quantize, or a granularity other than per
@@ -125,6 +135,8 @@ def insert_qdq(
             raise InputError(f"the model has no tensor {name!r} that can be quantized")
         if not isinstance(qparams.granularity, PerTensor):
             raise InputError(f"activations are quantized per tensor; {name!r} is not")
+    if half_scales:
+        activations = {name: half_scale(qparams) for name, qparams in activations.items()}
     copy = model.clone()
     graph = copy.graph
     nodes = {node.name: node for node in graph}
@@ -138,7 +150,7 @@ def insert_qdq(
         layers.append(layer)
         if layer.weight is not None:
             weights[layer.weight] = _quantize_constants(
-                copy, nodes[layer.name], layer, activations[layer.activations[0]]
+                copy, nodes[layer.name], layer, activations[layer.activations[0]], half_scales
             )
     values = ir.convenience.create_value_mapping(graph)
     for name, qparams in activations.items():
@@ -150,7 +162,7 @@ def insert_qdq(
 
 
 def _quantize_constants(
-    model: ir.Model, node: ir.Node, layer: QuantizedLayer, source: QParams
+    model: ir.Model, node: ir.Node, layer: QuantizedLayer, source: QParams, half_scales: bool
 ) -> QParams:
     weight = node.inputs[1]
     bias = node.inputs[2] if layer.op in INTEGER_BIAS and len(node.inputs) > 2 else None
@@ -159,6 +171,7 @@ def _quantize_constants(
         layer.weight_axis,
         bias=None if bias is None else _numpy(bias),
         input_scale=float(source.scale),
+        half_scales=half_scales,
     )
     base = f"{weight.name if weight else ''}"
     if weight is not None and len(list(weight.uses())) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import nn
 from octavo.core.errors import ExportError, InputError
 from octavo.export.onnx_model import node_scopes, prepare, rename_axes
 
-__all__ = ["TorchExport", "export_torch", "module_ports"]
+__all__ = ["TorchExport", "export_torch", "module_ports", "torch_fingerprint"]
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -182,3 +183,14 @@ def _export_message(module: nn.Module, error: Exception, dynamic_batch: bool) ->
         else "see torch.export's documentation on what it can trace"
     )
     return f"torch cannot export {type(module).__name__}: {reason}; {remedy}"
+
+
+def torch_fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name}\x1f{tensor.dtype}\x1f{list(tensor.shape)}\x1e".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ import torch
 from octavo.core.arrays import Array, Float32
 from octavo.quant import PerChannel, PerTensor, QParams, qparams_from_range, quantize
 
-__all__ = ["QuantizedWeight", "quantize_weight"]
+__all__ = ["QuantizedWeight", "half_scale", "quantize_weight"]
 
 ACCUMULATOR_LIMIT = 2.0**30
 """A bias may use half of the int32 accumulator; the products have the rest."""
@@ -44,6 +44,7 @@ def quantize_weight(
     *,
     bias: Array | None = None,
     input_scale: float | None = None,
+    half_scales: bool = False,
 ) -> QuantizedWeight:
     """Quantizes a weight symmetrically to int8, by its largest magnitude.
 
@@ -57,6 +58,7 @@ def quantize_weight(
         axis: output-channel axis for one scale a channel; None for one scale.
         bias: float [channels] or None.
         input_scale: scale of the layer's input; needed with a bias.
+        half_scales: round scales up to what float16 can hold.
 
     Returns:
         codes in -127..127, scales, and the bias on the grid.
@@ -69,6 +71,8 @@ def quantize_weight(
         bound = real.abs().amax(rest) if rest else real.abs()
     granularity = PerTensor() if axis is None else PerChannel(axis)
     qparams = qparams_from_range(-bound, bound, "int8", granularity)
+    if half_scales:
+        qparams = half_scale(qparams)
     if bias is None or input_scale is None:
         return QuantizedWeight(quantize(real, qparams).numpy(), qparams)
     offset = torch.from_numpy(np.array(bias, dtype=np.float32)).double()
@@ -76,7 +80,9 @@ def quantize_weight(
     floor = need.max() if axis is None else need
     scale = torch.maximum(qparams.scale.double(), floor).float()
     qparams = QParams(scale, qparams.zero_point, qparams.dtype, granularity)
-    step = np.float32(input_scale) * scale.numpy()
+    if half_scales:
+        qparams = half_scale(qparams)
+    step = np.float32(input_scale) * qparams.scale.numpy()
     codes = np.rint(offset.numpy() / step.astype(np.float64))
     return QuantizedWeight(
         codes=quantize(real, qparams).numpy(),
@@ -84,3 +90,12 @@ def quantize_weight(
         bias=(codes * step.astype(np.float64)).astype(np.float32),
         bias_codes=codes.astype(np.int32),
     )
+
+
+def half_scale(qparams: QParams) -> QParams:
+    """The same parameters with scales rounded up to the next float16, at least its smallest one."""
+    scale = qparams.scale.numpy()
+    half = scale.astype(np.float16)
+    half = np.where(half.astype(np.float32) < scale, np.nextafter(half, np.float16(np.inf)), half)
+    rounded = torch.from_numpy(np.asarray(half, dtype=np.float32))
+    return QParams(rounded, qparams.zero_point, qparams.dtype, qparams.granularity)

@@ -1,0 +1,126 @@
+"""What a backend is: it says whether it can run here, builds artifacts and opens them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import onnx_ir as ir
+
+from octavo.core.errors import InputError
+from octavo.core.progress import NoProgress, Progress
+from octavo.engines.artifact import Artifact
+from octavo.engines.engine import Runner
+from octavo.export.qdq import QdqModel
+
+__all__ = ["BACKENDS", "PRECISIONS", "Backend", "BuildRequest", "Profile", "get_backend"]
+
+PRECISIONS = ("float32", "float16", "int8", "int8+float16")
+"""What may be asked for; "int8+float16" runs what is not INT8 in float16."""
+
+BACKENDS: Mapping[str, str] = {
+    "onnxruntime": "octavo.engines.onnxruntime",
+    "tensorrt": "octavo.engines.tensorrt",
+    "tensorrt-rtx": "octavo.engines.tensorrt_rtx",
+}
+"""Name -> module; a backend's libraries are imported when it is first used."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes of one input that an engine is built for, and the one it is tuned for."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    def __post_init__(self) -> None:
+        ordered = len(self.min) == len(self.opt) == len(self.max) and all(
+            1 <= low <= best <= high
+            for low, best, high in zip(self.min, self.opt, self.max, strict=False)
+        )
+        if not ordered:
+            raise InputError(
+                f"profile {self.min}:{self.opt}:{self.max} is not in order; every axis needs "
+                "1 <= min <= opt <= max"
+            )
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything a backend needs to build an engine.
+
+    Attributes:
+        model: the float graph.
+        quantized: the Q/DQ graph for the INT8 precisions, else None.
+        precision: one of `PRECISIONS`.
+        fingerprint: of the float graph.
+        table: the calibration table as JSON, or None.
+        peaks: tensor name -> largest magnitude seen, for float16.
+        profiles: input name -> shapes; an input without dynamic axes needs none.
+        targets: GPU architectures to build for ahead of time ("sm_86"); empty for this machine's.
+        timing_cache: where to keep measured timings between builds, or None.
+        progress: where to show progress.
+    """
+
+    model: ir.Model
+    quantized: QdqModel | None
+    precision: str
+    fingerprint: str
+    table: str | None = None
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    targets: Sequence[str] = ()
+    timing_cache: str | None = None
+    progress: Progress = field(default_factory=NoProgress)
+
+
+class Backend(Protocol):
+    """A way to build and run engines."""
+
+    name: str
+
+    def missing(self) -> str:
+        """Why it cannot be used here and how to change that; empty if it can."""
+        ...
+
+    def version(self) -> str:
+        """Version of the library behind it."""
+        ...
+
+    def environment(self, targets: Sequence[str]) -> Mapping[str, str]:
+        """What else an engine of these targets depends on: architecture, device, versions."""
+        ...
+
+    def build(self, request: BuildRequest) -> Artifact:
+        """Builds an engine.
+
+        Raises:
+            UnsupportedError: the backend cannot do what is asked for.
+            BuildError: it tried and failed.
+        """
+        ...
+
+    def open(self, artifact: Artifact) -> Runner:
+        """Opens an engine to run it here.
+
+        Raises:
+            ArtifactError: it was built for something else; the message says what does not match.
+        """
+        ...
+
+
+def get_backend(name: str) -> Backend:
+    """Looks a backend up by name.
+
+    Raises:
+        InputError: no such backend.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"no backend is called {name!r}; choose from {', '.join(BACKENDS)}")
+    backend: Backend = importlib.import_module(BACKENDS[name]).backend
+    return backend

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from octavo.core.version import __version__
+
 if TYPE_CHECKING:
     from octavo.calibration.data import load_data, random_batches
     from octavo.calibration.table import CalibrationTable
@@ -19,14 +21,13 @@ if TYPE_CHECKING:
     from octavo.pipelines.calibrate import calibrate
     from octavo.pipelines.compare import compare
 
-__version__ = "0.1.0"
-
 __all__ = [
     "CalibrationTable",
     "Engine",
     "OctavoError",
     "OctavoWarning",
     "Profile",
+    "__version__",
     "build",
     "calibrate",
     "compare",

@@ -120,23 +120,31 @@ def _float_means(
     model: ir.Model, layers: Sequence[QuantizedLayer], parts: Parts
 ) -> dict[str, Array]:
     """Mean of each layer's output a channel, in the float model."""
+    if not layers:
+        return {}
     session = make_session(with_outputs(model, [layer.output for layer in layers]))
-    totals = [np.zeros(())] * len(layers)
-    count = 0
+    totals, counts = [np.zeros(())] * len(layers), [0] * len(layers)
     for part in parts:
-        size = len(next(iter(part.values())))
         for index, (layer, output) in enumerate(zip(layers, session.run(None, part), strict=True)):
-            totals[index] = totals[index] + _channel_mean(layer, [output]) * size
-        count += size
-    return {layer.output: total / count for layer, total in zip(layers, totals, strict=True)}
+            total, count = _channel_sum(layer, output)
+            totals[index] = totals[index] + total
+            counts[index] += count
+    means = [total / count for total, count in zip(totals, counts, strict=True)]
+    return {layer.output: mean for layer, mean in zip(layers, means, strict=True)}
 
 
 def _channel_mean(layer: QuantizedLayer, outputs: Sequence[Array]) -> Array:
-    """Mean over everything but the channel, weighted by samples; float64 [channels]."""
-    axis = _channel_axis(layer, outputs[0])
-    rest = tuple(index for index in range(outputs[0].ndim) if index != axis)
-    means = [output.mean(axis=rest, dtype=np.float64) for output in outputs]
-    return np.average(means, axis=0, weights=[len(output) for output in outputs])
+    """Mean over everything but the channel; float64 [channels]."""
+    sums = [_channel_sum(layer, output) for output in outputs]
+    total: Array = np.sum([values for values, _ in sums], axis=0)
+    return total / sum(count for _, count in sums)
+
+
+def _channel_sum(layer: QuantizedLayer, output: Array) -> tuple[Array, int]:
+    """Sum over everything but the channel, float64 [channels], and how many values a channel."""
+    axis = _channel_axis(layer, output)
+    rest = tuple(index for index in range(output.ndim) if index != axis)
+    return output.sum(axis=rest, dtype=np.float64), output.size // output.shape[axis]
 
 
 def _along_channels(layer: QuantizedLayer, output: Array, delta: Array) -> Array:

@@ -145,7 +145,7 @@ def _collect(
             part = divider.divide(feeds)
             samples += batch_size(feeds, specs) or 1
             if part is not None:
-                collector.update(part)
+                collector.update(part, index)
             advance(1)
     if not samples:
         raise CalibrationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -81,11 +82,12 @@ class OnnxCollector:
             self._pool = None
         self._session = None
 
-    def update(self, batch: Any) -> int:
+    def update(self, batch: Any, number: int | None = None) -> int:
         """Runs one batch.
 
         Args:
             batch: a tensor, tuple or dict, as the model's inputs ask for.
+            number: what to call it in errors; by default batches are counted from 0.
 
         Returns:
             the number of samples in it.
@@ -97,22 +99,22 @@ class OnnxCollector:
         """
         if self._session is None or self._pool is None:
             raise CalibrationError("this collector is closed; use it inside its `with` block")
-        feeds = as_feeds(batch, self.specs, f"batch {self._batches}")
+        number = self._batches if number is None else number
+        feeds = as_feeds(batch, self.specs, f"batch {number}")
         for part in split_batch(feeds, self.specs, MICRO_BATCH):
-            check_finite(part, self._batches)
+            check_finite(part, number)
             values = self._session.run(self._inner, part) if self._inner else []
             seen = {**part, **dict(zip(self._inner, values, strict=True))}
             # list() waits for all of them and raises what any of them raised
-            list(self._pool.map(lambda name, seen=seen: self._observe(name, seen), self.statistics))
+            observe = functools.partial(self._observe, seen=seen, number=number)
+            list(self._pool.map(observe, self.statistics))
         for statistics in self.statistics.values():
             statistics.end_batch()
         self._batches += 1
         return batch_size(feeds, self.specs) or 1
 
-    def _observe(self, name: str, seen: Mapping[str, Array]) -> None:
-        self.statistics[name].update(
-            name, seen[name], self._batches, channels=name in self._channels
-        )
+    def _observe(self, name: str, seen: Mapping[str, Array], number: int) -> None:
+        self.statistics[name].update(name, seen[name], number, channels=name in self._channels)
 
 
 class TorchCollector:

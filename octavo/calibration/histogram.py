@@ -71,8 +71,11 @@ class Histogram:
         scale = np.float32(1 / self.width)
         total = np.zeros_like(self.counts)
         for start in range(0, flat.size, _CHUNK):
-            # the scale is a power of two, so the product and its floor are exact
-            position = np.floor(flat[start : start + _CHUNK] * scale)
+            chunk = flat[start : start + _CHUNK]
+            # the scale is a power of two, so the product and its floor are exact ...
+            position = np.floor(chunk * scale)
+            if scale < 1:  # ... but for tiny negative values, whose product becomes zero
+                position[(position == 0) & (chunk < 0)] = -1
             index = position.astype(np.int64)
             index += self.bins
             total += np.bincount(index, minlength=self.counts.size)

@@ -82,7 +82,11 @@ class Judge:
     def _outputs(self, model: ir.Model) -> list[Array]:
         session = make_session(model)
         parts = [session.run(None, part) for part in self._parts]
-        return [
-            np.concatenate(arrays) if arrays[0].ndim else np.stack(arrays)
-            for arrays in zip(*parts, strict=True)
-        ]
+        return [_joined(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """The outputs of all parts as one array; flat where more than their first axes differ."""
+    if arrays[0].ndim and len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    return np.concatenate([array.reshape(-1) for array in arrays])

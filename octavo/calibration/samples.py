@@ -20,16 +20,21 @@ class Reservoir:
     """A fair choice of at most `capacity` samples of a stream (Vitter 1985, algorithm R).
 
     The choice is the same in every run over the same data.
+
+    Args:
+        capacity: how many samples to keep.
+        joins: the model takes samples side by side in one batch.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, joins: bool = True) -> None:
         self._capacity = capacity
+        self._joins = joins
         self._seen = 0
         self._random = random.Random(0)  # noqa: S311 - a fair choice, not a secret one
         self.samples: list[Feeds] = []
 
     def add(self, sample: Mapping[str, Array]) -> None:
-        """Offers one sample (arrays with a leading axis of 1)."""
+        """Offers one sample: arrays with a leading axis of 1, or a whole batch of fixed size."""
         self._seen += 1
         place = len(self.samples)
         if place >= self._capacity:
@@ -39,9 +44,9 @@ class Reservoir:
             self.samples[place : place + 1] = [copy]
 
     def batches(self) -> list[Feeds]:
-        """The kept samples as one batch, or one by one where their shapes differ."""
+        """The kept samples as one batch, or one by one where they cannot be joined."""
         shapes = {tuple((n, a.shape) for n, a in sample.items()) for sample in self.samples}
-        if len(shapes) != 1 or any(array.ndim == 0 for array in self.samples[0].values()):
+        if len(shapes) != 1 or not self._joins:
             return list(self.samples)
         names = list(self.samples[0])
         return [{name: np.concatenate([s[name] for s in self.samples]) for name in names}]
@@ -69,8 +74,10 @@ class Divider:
         self._specs = specs
         self._hold_back = hold_back
         self._index = 0
-        self.held = Reservoir(hold_back)
-        self.kept = Reservoir(keep)
+        leading = {spec.shape[0] if spec.shape else None for spec in specs}
+        joins = len(leading) == 1 and isinstance(leading.pop(), str)
+        self.held = Reservoir(hold_back, joins=joins)
+        self.kept = Reservoir(keep, joins=joins)
 
     def divide(self, feeds: Feeds) -> Feeds | None:
         """The part of a batch to calibrate on; None where all of it is held back."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from octavo.calibration.bias_correction import correct_biases
 from octavo.calibration.judge import Judge, Score
-from octavo.calibration.observers import OBSERVERS, choose_range, quantization_noise
+from octavo.calibration.observers import OBSERVERS, choose_range
 from octavo.calibration.statistics import TensorStatistics
 from octavo.core.arrays import Array, Float32
 from octavo.core.progress import Progress
@@ -27,8 +27,10 @@ __all__ = ["Candidate", "Search", "observed_ranges"]
 REFINED_TENSORS = 4
 EQUALIZED = (1, 3)
 FACTOR_LIMIT = 4.0
-MARGIN = 1.1
-LEAST_GAIN_DB = 0.02
+MARGIN = 1.5
+"""Room above the largest value seen in a channel, where an activation saturates."""
+LEAST_GAIN_DB = 0.1
+"""What a choice that could be an accident of the held-back samples has to gain."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Search:
         others = [name for name in OBSERVERS if name != "minmax"]
         with self._progress.task("Comparing observers", len(others)) as advance:
             for name in others:
-                self._try(self._uniform(name))
+                self._try(self._uniform(name), least_gain=0.0)
                 advance(1)
 
     def per_tensor(self) -> None:
@@ -139,17 +141,16 @@ class Search:
                 advance(1)
 
     def equalization(self, *, always: bool = False) -> None:
-        """Tries to equalize the channels of the worst tensors, of few and of more.
+        """Tries to equalize the channels of the first tensors, of few and of more.
 
         Args:
             always: take the largest set even where it does not measure better.
         """
         chains = [c for c in find_chains(self._model, self._placement) if self._known(c)]
-        chains.sort(key=lambda chain: self._local_sqnr(chain.tensor))
-        sets = [chains[:size] for size in EQUALIZED if size <= len(chains)]
-        depthwise = [chain for chain in chains if chain.depthwise]
-        if len(depthwise) > max(EQUALIZED):
-            sets.append(depthwise)
+        # the first layers: few channels and many pixels, so their peaks hold for other data too
+        chains = [chain for chain in chains if chain.depthwise] or chains
+        sizes = sorted({min(size, len(chains)) for size in (*EQUALIZED, len(chains))} - {0})
+        sets = [chains[:size] for size in sizes]
         start = self.best
         with self._progress.task("Equalizing channels", len(sets)) as advance:
             for chosen in sets:
@@ -194,11 +195,17 @@ class Search:
         return Candidate(observer, spec, dict.fromkeys(ranges, observer))
 
     def _try(
-        self, candidate: Candidate, *, started: float | None = None, always: bool = False
+        self,
+        candidate: Candidate,
+        *,
+        least_gain: float = LEAST_GAIN_DB,
+        started: float | None = None,
+        always: bool = False,
     ) -> None:
         score = self._measure(candidate, started)
         gain = score.sqnr_db - self._score.sqnr_db
-        if always or (gain >= LEAST_GAIN_DB and score.not_worse_than(self._floor)):
+        better = gain > 0 and gain >= least_gain and score.not_worse_than(self._floor)
+        if always or better:
             self.best, self._score = candidate, score
 
     def _measure(self, candidate: Candidate, started: float | None = None) -> Score:
@@ -212,13 +219,6 @@ class Search:
         seen = self._statistics.get(chain.tensor)
         return seen is not None and seen.channel_peak is not None
 
-    def _local_sqnr(self, name: str) -> float:
-        """The noise that quantizing this tensor alone makes in it, in dB."""
-        seen = self._statistics[name]
-        power = float((seen.histogram.centers**2) @ seen.histogram.counts) / max(seen.count, 1)
-        noise = quantization_noise(seen, self.best.spec.activations[name])
-        return 10 * math.log10(power / noise) if power > 0 and noise > 0 else math.inf
-
     def _equalized_range(self, name: str, factor: Float32) -> QParams:
         seen = self._statistics[name]
         peak = 0.0 if seen.channel_peak is None else float((seen.channel_peak * factor).max())
@@ -231,7 +231,7 @@ def equalization_factors(chain: Chain, statistics: Mapping[str, TensorStatistics
     Depthwise consumers have a weight scale a channel and lose nothing, so their channels are
     raised all the way; other consumers share a row's scale between channels, and get half of the
     way (in the logarithm). A factor is at most 4. Behind ReLU6 a raised channel saturates at
-    6 / factor, so factors leave a tenth of room above the largest value seen.
+    6 / factor, so factors leave room above the largest value seen.
     """
     peak = statistics[chain.tensor].channel_peak
     if peak is None:

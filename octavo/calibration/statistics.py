@@ -58,7 +58,7 @@ class TensorStatistics:
         """
         if not values.size:
             return
-        values = values.astype(np.float32, copy=False)
+        values = np.require(values, np.float32, ["C", "W"])  # or torch does not take it as it is
         ends = torch.aminmax(torch.from_numpy(values))  # one fast pass; NaN comes through
         low, high = float(ends.min), float(ends.max)
         if not (math.isfinite(low) and math.isfinite(high)):

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from octavo import __version__
 from octavo.calibration.histogram import Histogram
 from octavo.calibration.statistics import TensorStatistics
 from octavo.core.errors import ArtifactError, CalibrationError
 from octavo.core.files import atomic_write
 from octavo.core.results import TensorHistogram, Trial
+from octavo.core.version import __version__
 from octavo.export.qdq import QuantSpec
 from octavo.quant import QTYPES, PerChannel, PerTensor, QParams, qparams_from_range
 
@@ -28,6 +28,7 @@ SUMMARY_BINS = 128
 
 PositiveFloat = Annotated[float, Field(gt=0, le=3.4e38, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -137,8 +138,17 @@ class WeightEntry(_Frozen):
         scale: one number a channel.
     """
 
-    axis: int | None
-    scale: tuple[PositiveFloat, ...]
+    axis: Annotated[int, Field(ge=0, lt=64)] | None
+    scale: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _scales_fit(self) -> WeightEntry:
+        if self.axis is None and len(self.scale) != 1:
+            raise ValueError(f"{len(self.scale)} scales without an axis")
+        zeros = [scale for scale in self.scale if np.float32(scale) == 0]
+        if zeros:
+            raise ValueError(f"scale {zeros[0]} is zero in float32")
+        return self
 
     @property
     def qparams(self) -> QParams:
@@ -184,7 +194,7 @@ class CalibrationTable(_Frozen):
     tensors: dict[str, TensorEntry]
     weights: dict[str, WeightEntry] = Field(default_factory=dict)
     equalization: dict[str, tuple[PositiveFloat, ...]] = Field(default_factory=dict)
-    bias_correction: dict[str, tuple[FiniteFloat, ...]] = Field(default_factory=dict)
+    bias_correction: dict[str, tuple[Float32, ...]] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
 
@@ -357,12 +367,13 @@ def _merge_entries(name: str, one: TensorEntry, two: TensorEntry) -> TensorEntry
         total.merge(two.histogram.histogram())
         counts = tuple(int(count) for count in total.counts)
         histogram = HistogramSummary(exponent=total.exponent, counts=counts)
-    low, high = min(one.real_range[0], two.real_range[0]), max(one.real_range[1], two.real_range[1])
-    wider = qparams_from_range(min(low, 0.0), max(high, 0.0), one.dtype)
     if one.dtype == "int8":  # the ends are -128 and 127 steps; keep the wider step as it is
         scale, zero_point = max(one.scale, two.scale), 0
     else:
-        scale, zero_point = float(wider.scale), int(wider.zero_point)
+        low = min(one.real_range[0], two.real_range[0], 0.0)
+        high = max(one.real_range[1], two.real_range[1], 0.0)
+        wider = qparams_from_range(low, high, one.dtype)
+        scale, zero_point = short_float(float(wider.scale)), int(wider.zero_point)
     update: dict[str, Any] = {
         "scale": scale,
         "zero_point": zero_point,

@@ -89,12 +89,19 @@ def to_numpy(value: Any, where: str) -> Array:
     """A tensor or array as a numpy array; a tensor is detached and brought to the CPU.
 
     Raises:
-        InputError: it is neither, or bfloat16, which numpy does not have.
+        InputError: it is neither, or of a type or layout that numpy does not have.
     """
     if isinstance(value, torch.Tensor):
         if value.dtype == torch.bfloat16:
             raise InputError(f"{where} is bfloat16, which numpy has no type for; use .float()")
-        array: Array = value.detach().cpu().numpy()
+        try:
+            array: Array = value.detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:  # float8, sparse, quantized, meta, ...
+            raise InputError(
+                f"{where} is {value.dtype} of layout {value.layout} on {value.device}, which numpy "
+                f"cannot hold ({str(error).splitlines()[0][:200]}); give a dense tensor of a "
+                "plain type"
+            ) from error
         return array
     if isinstance(value, (np.ndarray, np.generic)):
         return np.asarray(value)

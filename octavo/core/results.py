@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 __all__ = [
     "Accuracy",
+    "Comparison",
     "EngineResult",
     "LatencyMs",
     "LayerInfo",
@@ -114,7 +117,21 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """One row of a report: an engine (or the float baseline), what it costs and what it gives."""
+    """One row of a report: an engine (or the float baseline), what it costs and what it gives.
+
+    Attributes:
+        name: what the row is called.
+        backend: "pytorch" for the baseline, else the engine's backend.
+        precision: what was asked for.
+        size_bytes: weights of the baseline, file that the backend loads of an engine.
+        latency_ms: one call of batch 1; None where this machine cannot run it.
+        accuracy: against the float model; None for the float model itself.
+        layers: number of layers by precision, "reformat" for those that only convert.
+        layer_report: every layer, where the backend tells.
+        parity_db: SQNR between the quantized model in PyTorch and this engine, the same table in
+            both; infinite where every output is equal; None where not compared.
+        notes: one sentence each.
+    """
 
     name: str
     backend: str
@@ -123,7 +140,31 @@ class EngineResult:
     latency_ms: LatencyMs | None = None
     accuracy: Accuracy | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
+    layer_report: LayerReport | None = None
+    parity_db: float | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same data.
+
+    Attributes:
+        names: what they are called; the first is the reference.
+        accuracy: of the second against the first.
+        reference_accuracy: share of labelled classes that the first gets right; None without
+            labels.
+        latency_ms: of each, for one sample; measured in turn in one process.
+        size_bytes: of each.
+        samples: how many samples were compared.
+    """
+
+    names: tuple[str, str]
+    accuracy: Accuracy
+    reference_accuracy: float | None
+    latency_ms: tuple[LatencyMs, LatencyMs]
+    size_bytes: tuple[int, int]
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -205,13 +246,19 @@ class Report:
 
 
 def to_json(value: Any) -> Any:
-    """Turns results into what `json` can write; an infinite or undefined number becomes null."""
+    """Turns results into what `json` can write.
+
+    JSON has no infinity and no NaN: they become "inf", "-inf" and null. Numpy numbers become
+    Python's.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return None if math.isnan(value) else str(value)
     return value

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from octavo import __version__
 from octavo.core.errors import ArtifactError
 from octavo.core.files import atomic_path, sha256_bytes
 from octavo.core.results import TensorSpec
+from octavo.core.version import __version__
 
 __all__ = ["FORMAT_VERSION", "Artifact", "Manifest", "Member", "read_artifact", "write_artifact"]
 
@@ -65,9 +65,9 @@ class Manifest(_Frozen):
     format: Literal["octavo-engine"] = FORMAT
     format_version: int = FORMAT_VERSION
     octavo_version: str = __version__
-    backend: str
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     backend_version: str
-    precision: str
+    precision: Literal["float32", "float16", "int8", "int8+float16"]
     architecture: tuple[str, ...] = ("cpu",)
     device: str | None = None
     model: str
@@ -86,7 +86,7 @@ class Artifact:
     """An engine's manifest and its files.
 
     Attributes:
-        manifest: as it will be written; hashes of members are filled in when writing.
+        manifest: as it will be written; `of` makes one with the hashes of the members.
         members: name -> content.
     """
 
@@ -143,11 +143,11 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     except Exception as error:  # zipfile raises a dozen kinds for damaged archives
         raise ArtifactError(
             f"{target} is not an Octavo engine file, or it is truncated or damaged "
-            f"({type(error).__name__}: {error}); build it again with `octavo build`"
+            f"({type(error).__name__}: {str(error)[:200]}); build it again with `octavo build`"
         ) from error
     if extra:
         raise ArtifactError(
-            f"{target} holds {sorted(extra)[0]!r}, which its manifest does not list; it was "
+            f"{target} holds {sorted(extra)[0][:100]!r}, which its manifest does not list; it was "
             "changed after it was built, so build it again"
         )
     return Artifact(manifest, members)

@@ -15,15 +15,24 @@ from octavo.engines.artifact import Artifact
 from octavo.engines.engine import Runner
 from octavo.export.qdq import QdqModel
 
-__all__ = ["BACKENDS", "PRECISIONS", "Backend", "BuildRequest", "Profile", "get_backend"]
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_OPTIONS",
+    "PRECISIONS",
+    "Backend",
+    "BuildRequest",
+    "Profile",
+    "RunOptions",
+    "get_backend",
+]
 
 PRECISIONS = ("float32", "float16", "int8", "int8+float16")
 """What may be asked for; "int8+float16" runs what is not INT8 in float16."""
 
 BACKENDS: Mapping[str, str] = {
     "onnxruntime": "octavo.engines.onnxruntime",
-    "tensorrt": "octavo.engines.tensorrt",
-    "tensorrt-rtx": "octavo.engines.tensorrt_rtx",
+    "tensorrt": "octavo.engines.tensorrt.backend",
+    "tensorrt-rtx": "octavo.engines.tensorrt.rtx",
 }
 """Name -> module; a backend's libraries are imported when it is first used."""
 
@@ -79,6 +88,23 @@ class BuildRequest:
     progress: Progress = field(default_factory=NoProgress)
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run an engine, where its backend has more than one way.
+
+    Attributes:
+        runner: "torch" (torch's CUDA tensors and stream) or "pycuda" (numpy arrays, no CUDA in
+            torch needed); None for torch where it has CUDA, else pycuda.
+        cuda_graph: record a CUDA graph for each shape of the inputs and replay it.
+    """
+
+    runner: str | None = None
+    cuda_graph: bool = False
+
+
+DEFAULT_OPTIONS = RunOptions()
+
+
 class Backend(Protocol):
     """A way to build and run engines."""
 
@@ -90,6 +116,15 @@ class Backend(Protocol):
 
     def version(self) -> str:
         """Version of the library behind it."""
+        ...
+
+    def check(self, precision: str, targets: Sequence[str]) -> None:
+        """Refuses at once, before any calibration, what the backend cannot build.
+
+        Raises:
+            UnsupportedError: it has no such precision or target; says why and what it has.
+            InputError: it has to be given targets.
+        """
         ...
 
     def environment(self, targets: Sequence[str]) -> Mapping[str, str]:
@@ -105,10 +140,11 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, artifact: Artifact) -> Runner:
+    def open(self, artifact: Artifact, options: RunOptions = DEFAULT_OPTIONS) -> Runner:
         """Opens an engine to run it here.
 
         Raises:
+            UnsupportedError: there is no GPU, or the backend has no such options.
             ArtifactError: it was built for something else; the message says what does not match.
         """
         ...

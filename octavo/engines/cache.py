@@ -13,19 +13,21 @@ from filelock import FileLock
 
 from octavo.core.errors import ArtifactError, OctavoWarning
 from octavo.core.files import sha256_bytes
-from octavo.engines.artifact import Artifact, read_artifact, write_artifact
+from octavo.core.version import __version__
+from octavo.engines.artifact import FORMAT_VERSION, Artifact, read_artifact, write_artifact
 
 __all__ = ["cache_key", "cached"]
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """One name for everything an engine depends on.
+    """One name for everything an engine depends on, this Octavo's version included.
 
     Args:
         parts: model fingerprint, precision, profiles, calibration, backend and its version,
             architecture, ...; anything JSON can hold.
     """
-    return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
+    everything = {"octavo": __version__, "format": FORMAT_VERSION, "parts": dict(parts)}
+    return sha256_bytes(json.dumps(everything, sort_keys=True).encode())
 
 
 def cached(

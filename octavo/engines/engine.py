@@ -180,7 +180,7 @@ class Engine:
         metas = _map(batch, _shape_only)
         names = list(as_feeds(metas, self.inputs, "the call"))
         given = dict(batch) if isinstance(batch, Mapping) else dict(zip(names, batch, strict=True))
-        return {name: torch.as_tensor(given[name]) for name in names}
+        return {name: _as_tensor(given[name]) for name in names}
 
 
 def _map(batch: Any, function: Any) -> Any:
@@ -195,8 +195,16 @@ def _shape_only(value: Any) -> Any:
         return value
     if value.dtype == torch.bfloat16:
         raise InputError("an input is bfloat16; convert it with .float() or .half()")
-    dtype = torch.empty(0, dtype=value.dtype).numpy().dtype
+    try:
+        dtype = torch.empty(0, dtype=value.dtype).numpy().dtype
+    except TypeError as error:
+        raise InputError(f"an input is {value.dtype}, which no engine takes") from error
     return np.broadcast_to(np.zeros((), dtype=dtype), tuple(value.shape))
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    """A tensor as it is; an array copied, since torch cannot share every one."""
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
 
 
 def _to_torch(value: Any, device: torch.device) -> torch.Tensor:

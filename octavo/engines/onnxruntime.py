@@ -6,6 +6,7 @@ kernels are fast and exact in when it is opened, so one file serves every proces
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from octavo.core.errors import UnsupportedError
+from octavo.core.errors import ArtifactError, UnsupportedError
 from octavo.core.files import sha256_bytes
 from octavo.core.machine import package_version
 from octavo.core.results import LayerInfo, LayerReport
 from octavo.engines.artifact import Artifact
-from octavo.engines.backend import BuildRequest
+from octavo.engines.backend import DEFAULT_OPTIONS, BuildRequest, RunOptions
 from octavo.engines.engine import check_any_int8
 from octavo.export.onnx_model import (
     PROTOBUF_LIMIT,
@@ -31,6 +32,7 @@ from octavo.export.onnx_model import (
 )
 from octavo.export.onnxruntime_form import lower_for_onnxruntime
 from octavo.export.onnxruntime_session import kernel_form, make_session
+from octavo.export.placement import ACTIVATIONS
 from octavo.export.precision import to_float16
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeRunner", "backend"]
@@ -60,23 +62,27 @@ class OnnxRuntimeBackend:
         """Version of ONNX Runtime."""
         return package_version("onnxruntime") or "unknown"
 
-    def environment(self, targets: Sequence[str]) -> Mapping[str, str]:
-        """The file is portable, so it depends on nothing else."""
+    def check(self, precision: str, targets: Sequence[str]) -> None:
+        """See `Backend`."""
         if targets:
             raise UnsupportedError(
                 f"target {targets[0]!r} was given, and backend onnxruntime runs on any CPU; leave "
                 "the target out, or choose backend tensorrt-rtx"
             )
-        return {"architecture": "cpu"}
-
-    def build(self, request: BuildRequest) -> Artifact:
-        """See `Backend`."""
-        self.environment(request.targets)
-        if request.precision == "int8+float16":
+        if precision == "int8+float16":
             raise UnsupportedError(
                 "precision int8+float16 was asked for, and ONNX Runtime computes float16 in "
                 "float32 on a CPU, so it would only be slower; use precision int8"
             )
+
+    def environment(self, targets: Sequence[str]) -> Mapping[str, str]:
+        """The file is portable, so it depends on nothing else."""
+        self.check("float32", targets)
+        return {"architecture": "cpu"}
+
+    def build(self, request: BuildRequest) -> Artifact:
+        """See `Backend`."""
+        self.check(request.precision, request.targets)
         model = request.quantized.model if request.quantized else request.model
         if request.precision == "float16":
             model = to_float16(model, request.peaks)
@@ -100,8 +106,13 @@ class OnnxRuntimeBackend:
             runner.close()
         return artifact
 
-    def open(self, artifact: Artifact) -> OnnxRuntimeRunner:
+    def open(self, artifact: Artifact, options: RunOptions = DEFAULT_OPTIONS) -> OnnxRuntimeRunner:
         """See `Backend`."""
+        if options != DEFAULT_OPTIONS:
+            raise UnsupportedError(
+                "backend onnxruntime runs on the CPU and has neither runners to choose from nor "
+                "CUDA graphs; leave runner and cuda_graph out"
+            )
         return OnnxRuntimeRunner(artifact)
 
 
@@ -120,6 +131,7 @@ class OnnxRuntimeRunner:
             lowered = lower_for_onnxruntime(model, kernel_form())
             model = lowered.model
             self._why_float.update(lowered.float_layers)
+        self._why_float = _by_output(model, self._why_float)
         self.model = model
         self._session: Any = make_session(self._source())
         self._outputs = [spec.name for spec in artifact.manifest.outputs]
@@ -146,8 +158,14 @@ class OnnxRuntimeRunner:
 
     def _load(self, artifact: Artifact) -> ir.Model:
         if DATA not in artifact.members:
-            proto = onnx.ModelProto.FromString(artifact.members[MODEL])
-            model: ir.Model = ir.from_proto(proto)
+            try:
+                proto = onnx.ModelProto.FromString(artifact.members[MODEL])
+                model: ir.Model = ir.from_proto(proto)
+            except Exception as error:  # a missing member, and what protobuf and onnx_ir raise
+                raise ArtifactError(
+                    f"the engine file holds no readable {MODEL} ({type(error).__name__}); build "
+                    "it again"
+                ) from error
             return model
         folder = self._scratch()
         for name in (MODEL, DATA):
@@ -211,13 +229,33 @@ def _narrow_outputs(node: onnx.NodeProto) -> Sequence[str]:
     return () if floats else node.output
 
 
+def _by_output(model: ir.Model, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Reasons by every name that ONNX Runtime may give a layer.
+
+    It fuses a layer with the activation after it, and calls the result after either's node or
+    output.
+    """
+    found = dict(reasons)
+    for node in model.graph:
+        reason = reasons.get(node.name or "")
+        if reason is None:
+            continue
+        while node is not None:
+            found.update({node.name or "": reason, node.outputs[0].name or "": reason})
+            users = [user for user, _ in node.outputs[0].uses()]
+            follows = len(users) == 1 and users[0].op_type in ACTIVATIONS
+            if not follows:
+                break
+            node = users[0]
+    return found
+
+
 def _reason(node: onnx.NodeProto, reasons: Mapping[str, str]) -> str:
     for name in (node.name, *node.output):
-        if name in reasons:
-            return reasons[name]
-        for layer, reason in reasons.items():
-            if layer.endswith(f":{name}"):
-                return reason
+        # names of rewritten nodes end in what the rewriting was
+        plain = re.sub(r"(_nchwc|_token_\d+)+$", "", name)
+        if plain in reasons:
+            return reasons[plain]
     if node.op_type in HEAVY:
         return "ONNX Runtime did not take its INT8 kernel although its inputs are quantized"
     return f"{node.op_type} stays in float"

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from octavo.core.arrays import Array, Float32
 from octavo.core.errors import InputError
-from octavo.export.onnx_model import initializer
+from octavo.export.constants import set_constant
 from octavo.export.placement import Placement, QuantizedLayer
 
 __all__ = ["Chain", "clamp_bounds", "equalize", "find_chains"]
@@ -64,7 +64,9 @@ def find_chains(model: ir.Model, placement: Placement) -> tuple[Chain, ...]:
         readers = tuple(layers[use.name] for use in users if use.name in layers)
         if not users or value.is_graph_output() or len(readers) != len(users):
             continue
-        if layer.op == "MatMul" or any(reader.op not in ("Conv", "Gemm") for reader in readers):
+        if layer.op == "MatMul" or layer.weight_axis is None:
+            continue
+        if any(reader.op not in ("Conv", "Gemm") for reader in readers):
             continue
         depthwise = all(_is_depthwise(model, nodes[reader.name]) for reader in readers)
         chains.append(Chain(value.name or "", layer, readers, bound, depthwise))
@@ -139,10 +141,7 @@ def _write(
     value = node.inputs[index]
     if value is None:
         raise InputError(f"node {node.name} has no input {index}")
-    name = value.name or ""
-    if len(list(value.uses())) > 1:
-        name = f"{name}:{node.name}"
-    node.replace_input_with(index, initializer(model, name, array.astype(np.float32)))
+    set_constant(model, node, index, array.astype(np.float32), f"{value.name}:{node.name}")
 
 
 def _scale_outputs(

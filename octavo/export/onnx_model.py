@@ -8,13 +8,11 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir import passes
 from onnx_ir.passes import common
 
-from octavo.core.arrays import Array
 from octavo.core.errors import ArtifactError, ExportError
 from octavo.core.files import atomic_path
 from octavo.core.results import TensorSpec
@@ -22,7 +20,6 @@ from octavo.core.results import TensorSpec
 __all__ = [
     "extract_model",
     "fingerprint",
-    "initializer",
     "input_specs",
     "load_onnx",
     "output_specs",
@@ -35,9 +32,13 @@ __all__ = [
 TARGET_OPSET = 20
 """Old models are lifted to this: Q/DQ with float16 scales need 19, TensorRT 10 reads 20."""
 MINIMUM_OPSET = 13
+MINIMUM_IR = 9
+"""The IR version of opset 20; since version 4 weights need not be listed as inputs."""
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Protobuf cannot hold 2 GiB; larger models keep their weights in a file beside the graph."""
 
+TRANSPOSED = ".T"
+"""Ends the name of a weight that was transposed when constants were folded."""
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of torch's exporter: the path of the module that a node comes from."""
 
@@ -75,7 +76,8 @@ def prepare(model: ir.Model) -> ir.Model:
 
     Functions are inlined, constants folded, BatchNormalization and Pad folded into convolutions,
     the opset lifted to 20 where it is older, nodes given unique names, and metadata of the
-    exporter (which holds paths of the machine it ran on) removed, but for module scopes.
+    exporter (which holds paths of the machine it ran on) removed, but for module scopes. Weights
+    that are listed as inputs too, as old exporters do, become constants.
 
     Raises:
         ExportError: the opset is too old to be lifted.
@@ -83,6 +85,10 @@ def prepare(model: ir.Model) -> ir.Model:
     from onnxscript import optimizer, rewriter
 
     model = _lift_opset(model)
+    graph = model.graph
+    graph.inputs[:] = [value for value in graph.inputs if value.name not in graph.initializers]
+    outputs = [value.name for value in graph.outputs]
+    _name_transposed(graph)
     unlimited = 2**40  # fold transposed weights of any size, so that layers see plain constants
     try:
         optimizer.optimize(model, input_size_limit=unlimited, output_size_limit=unlimited)
@@ -95,8 +101,12 @@ def prepare(model: ir.Model) -> ir.Model:
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
+        common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+    taken = {value.name for value in graph.inputs}
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name if name not in taken else value.name
     _strip_metadata(model)
     _name_nodes(model.graph)
     return model
@@ -155,6 +165,7 @@ def save_onnx(model: ir.Model, path: str | os.PathLike[str]) -> Path:
         with atomic_path(target) as temporary:
             temporary.write_bytes(serialize(model))
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         data = f"{target.name}.data"
         ir.save(model, Path(folder) / target.name, external_data=data)
@@ -178,21 +189,6 @@ def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
 def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
     """The outputs."""
     return tuple(_spec(value) for value in model.graph.outputs)
-
-
-def initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
-    """Adds a constant to a graph, or replaces the one of that name, and returns its value."""
-    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
-    known = model.graph.initializers.get(name)
-    if known is not None:
-        known.const_value = tensor
-        known.type, known.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
-        return known
-    value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    model.graph.register_initializer(value)
-    return value
 
 
 def extract_model(model: ir.Model, inputs: Sequence[str], outputs: Iterable[str]) -> ir.Model:
@@ -230,7 +226,9 @@ def _spec(value: ir.Value) -> TensorSpec:
         if isinstance(axis, int):
             axes.append(axis)
         else:
-            axes.append(axis.value if axis.value is not None else f"axis{index}")
+            # nothing says that unknown axes are equal, but the first one is the batch
+            unknown = f"{value.name}.axis{index}" if index else "axis0"
+            axes.append(axis.value if axis.value is not None else unknown)
     return TensorSpec(value.name or "", tuple(axes), str(value.dtype.numpy()))
 
 
@@ -238,9 +236,13 @@ def _lift_opset(model: ir.Model) -> ir.Model:
     version = model.opset_imports.get("", 0)
     if version >= TARGET_OPSET - 1:
         return model
+    common.InlinePass()(model)  # the converter drops functions, external data and metadata
     try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(model), TARGET_OPSET)
-        return ir.from_proto(proto)
+        proto = ir.to_proto(ir.external_data.load_to_model(model))
+        lifted = ir.from_proto(onnx.version_converter.convert_version(proto, TARGET_OPSET))
+        lifted.ir_version = max(model.ir_version or 0, MINIMUM_IR)
+        _copy_scopes(model.graph, lifted.graph)
+        return lifted
     except Exception as error:  # the converter raises RuntimeError and more
         if version >= MINIMUM_OPSET:
             return model
@@ -248,6 +250,31 @@ def _lift_opset(model: ir.Model) -> ir.Model:
             f"opset {version} has no per-channel QuantizeLinear and could not be lifted to "
             f"{TARGET_OPSET}: {_first_line(error)}; export the model with opset 17 or newer"
         ) from error
+
+
+def _copy_scopes(source: ir.Graph, target: ir.Graph) -> None:
+    """Gives nodes the module scopes of the nodes that make the same tensors."""
+    scopes = {
+        value.name: node.metadata_props[SCOPES]
+        for node in source
+        for value in node.outputs
+        if SCOPES in node.metadata_props
+    }
+    for node in target:
+        found = [scopes[value.name] for value in node.outputs if value.name in scopes]
+        if found:
+            node.metadata_props[SCOPES] = found[0]
+
+
+def _name_transposed(graph: ir.Graph) -> None:
+    """Names what folding will make a constant after the weight that it comes from."""
+    for node in graph:
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or not source.is_initializer():
+            continue
+        alone = sum(user.op_type == "Transpose" for user, _ in source.uses()) == 1
+        if alone and not node.outputs[0].is_graph_output():
+            node.outputs[0].name = f"{source.name}{TRANSPOSED}"
 
 
 def _strip_metadata(model: ir.Model) -> None:
@@ -271,7 +298,7 @@ def _strip_metadata(model: ir.Model) -> None:
 def _name_nodes(graph: ir.Graph) -> None:
     """Names each node after its first output, which is unique and stays when others change."""
     for node in graph:
-        node.name = f"{node.op_type}:{node.outputs[0].name}"
+        node.name = f"{node.op_type}:{next(value.name for value in node.outputs if value.name)}"
 
 
 def rename_axes(model: ir.Model, names: Mapping[str, str]) -> None:

@@ -22,8 +22,8 @@ from onnx_ir.passes import common
 
 from octavo.core.arrays import Array
 from octavo.core.errors import ExportError
+from octavo.export.constants import initializer
 from octavo.export.equalization import clamp_bounds
-from octavo.export.onnx_model import initializer
 
 __all__ = ["KernelForm", "LoweredModel", "lower_for_onnxruntime"]
 
@@ -116,7 +116,7 @@ def _quantize_before_clamps(model: ir.Model, quantize: ir.Node) -> None:
             break
         clamps.append(clamp)
         # the clamp nearer to the layer acts first, so the outer bounds clip the inner ones
-        low, high = min(max(bounds[0], low), high), max(min(bounds[1], high), low)
+        low, high = (min(max(bound, low), high) for bound in bounds)
         value = clamp.inputs[0]
     layer = value.producer() if value is not None else None
     if not clamps or value is None or layer is None or layer.op_type not in INTEGER_OUTPUT:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["kernel_form", "make_session", "probe_form"]
 
+REQUANTIZES = "WeightBiasQuantization"
+"""An optimizer that gives float weights between quantized tensors int8 codes of its own, with one
+scale for all channels, where a layer was left in float."""
+
 
 def make_session(
     model: ir.Model | bytes | Path,
@@ -46,8 +50,6 @@ def make_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    # On processors without VNNI, take kernels that do not saturate in 16 bits.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     # Threads sleep between calls instead of spinning, so that engines side by side do not starve.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized_path is not None:
@@ -56,7 +58,12 @@ def make_session(
     if isinstance(source, Path):
         source = str(source)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            source,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[REQUANTIZES],
+        )
     except Exception as error:  # ONNX Runtime's own exceptions have no common public base
         raise BuildError(f"ONNX Runtime cannot run this model: {error}") from error
 

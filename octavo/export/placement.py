@@ -181,7 +181,7 @@ class _Placer:
             sources = [value for value in inputs if value is not None]
             if not outputs or not all(_is_float(v) and not _constant(v) for v in sources):
                 continue
-            for value in (*sources, *node.outputs):
+            for value in (*sources, *filter(_is_float, node.outputs)):  # MaxPool also gives indices
                 self._require(value)
                 self._union(value.name or "", outputs[0].name or "")
 
@@ -246,8 +246,11 @@ def _gemm(node: ir.Node) -> QuantizedLayer | str:
         return "Gemm with transA or alpha has no INT8 kernel"
     if attributes.get_float("beta", 1.0) != 1.0:
         return "Gemm with beta has no INT8 kernel"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and bias.shape is not None and any(n != 1 for n in bias.shape[:-1]):
+        return "its bias differs from row to row"
     axis = 0 if attributes.get_int("transB", 0) else 1
-    return _layer(node, weight, axis, node.inputs[2] if len(node.inputs) > 2 else None)
+    return _layer(node, weight, axis, bias)
 
 
 def _matmul(node: ir.Node) -> QuantizedLayer | str:
@@ -298,8 +301,10 @@ def _added_constant(node: ir.Node) -> ir.Value | None:
     if len(uses) != 1 or uses[0].node.op_type != "Add":
         return None
     other = uses[0].node.inputs[1 - uses[0].idx]
-    single = other is not None and _constant(other) and other.shape is not None
-    return other if single and other is not None and len(other.shape or ()) == 1 else None
+    weight = node.inputs[1]
+    if other is None or weight is None or not _constant(other) or other.shape is None:
+        return None
+    return other if list(other.shape) == list(weight.shape or ())[1:][-1:] else None
 
 
 def _reaches(value: ir.Value, hit: Callable[[ir.Node], bool]) -> bool:

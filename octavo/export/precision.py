@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from octavo.core.errors import ExportError
-from octavo.export.onnx_model import initializer
+from octavo.export.constants import initializer
 
 __all__ = ["float16_overflows", "to_float16"]
 
@@ -21,17 +21,12 @@ ROOM = 2.0
 FLOAT32_INPUTS: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2})}
 """Inputs that ONNX wants in float32 whatever the node computes in."""
 FLOAT32_NODES = frozenset(
-    {"Bernoulli", "ConstantOfShape", "CumSum", "EyeLike", "Multinomial", "NonMaxSuppression"}
-    | {
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Range",
-        "RoiAlign",
-    }
+    {"Bernoulli", "BlackmanWindow", "Celu", "ConstantOfShape", "CumSum", "DynamicQuantizeLinear"}
+    | {"EyeLike", "HammingWindow", "HannWindow", "MelWeightMatrix", "Multinomial"}
+    | {"NonMaxSuppression", "QLinearConv", "QLinearMatMul", "RandomNormal", "RandomNormalLike"}
+    | {"RandomUniform", "RandomUniformLike", "Range", "RoiAlign", "TfIdfVectorizer"}
 )
-"""Nodes whose type an attribute fixes, or that float16 is too coarse for."""
+"""Nodes that have no float16, whose type an attribute fixes, or that it is too coarse for."""
 
 
 def to_float16(model: ir.Model, peaks: Mapping[str, float] | None = None) -> ir.Model:
@@ -96,7 +91,8 @@ class _Caster:
                     f"{node.name} is control flow ({node.op_type}), which cannot be cast to "
                     "float16; use precision float32 or int8"
                 )
-            half = node.name not in self.keep and node.op_type not in FLOAT32_NODES
+            known = node.domain in ("", "ai.onnx") and node.op_type not in FLOAT32_NODES
+            half = known and node.name not in self.keep
             target = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
             fixed = FLOAT32_INPUTS.get(node.op_type, frozenset())
             for index, value in enumerate(node.inputs):

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from octavo.core.arrays import Array, Float32
 from octavo.core.errors import InputError
+from octavo.export.constants import initializer, set_constant
 from octavo.export.equalization import equalize
-from octavo.export.onnx_model import initializer
 from octavo.export.placement import Placement, QuantizedLayer, place
 from octavo.export.weights import half_scale, quantize_weight
 from octavo.quant import PerTensor, QParams
@@ -105,10 +105,7 @@ def add_to_bias(
     if known is not None and known.size not in (1, delta.size):
         raise InputError(f"{layer.name} has {known.size} biases, not {delta.size}")
     total = (delta if known is None else known.reshape(-1) + delta).astype(np.float32)
-    value = initializer(model, f"{layer.output}.bias", total)
-    if old is None and len(node.inputs) == position:
-        node.resize_inputs(position + 1)
-    node.replace_input_with(position, value)
+    set_constant(model, node, position, total, f"{layer.output}.bias")
 
 
 def insert_qdq(
@@ -189,7 +186,7 @@ def _quantize_constants(
     model.graph.insert_before(node, dequantize)
     node.replace_input_with(1, dequantize.outputs[0])
     if bias is not None and quantized.bias is not None:
-        node.replace_input_with(2, initializer(model, f"{layer.output}.bias", quantized.bias))
+        set_constant(model, node, 2, quantized.bias, f"{layer.output}.bias")
     return quantized.qparams
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from octavo.core.errors import ExportError, InputError
-from octavo.export.onnx_model import node_scopes, prepare, rename_axes
+from octavo.export.onnx_model import TRANSPOSED, node_scopes, prepare, rename_axes
 
 __all__ = ["TorchExport", "export_torch", "module_ports", "torch_fingerprint"]
 
@@ -55,25 +55,37 @@ def export_torch(
         ExportError: torch cannot export the module; the message holds torch's reason.
     """
     args, kwargs = _split_inputs(example_inputs)
-    args, kwargs, batch = _two_samples(args, kwargs) if dynamic_batch else (args, kwargs, None)
-    shapes = _dynamic_shapes(args, kwargs, batch) if batch else None
-    training = {name: part.training for name, part in module.named_modules()}
+    args, kwargs, shapes = _two_samples(args, kwargs) if dynamic_batch else (args, kwargs, None)
     try:
-        module.eval()
-        with _quiet(), torch.no_grad():
+        with evaluation_mode(module), _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                module, args, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False
+                module,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                verbose=False,
+                optimize=False,  # `prepare` does, and first names what folding will transpose
             )
     except Exception as error:  # torch.export raises anything a model's forward can raise
         raise ExportError(_export_message(module, error, dynamic_batch)) from error
-    finally:
-        for name, part in module.named_modules():
-            part.training = training[name]
     if program is None or program.exported_program is None:
         raise ExportError(f"torch.onnx gave no program for {type(module).__name__}")
     model = program.model
     _name_batch_axis(model)
     return TorchExport(prepare(model), program.exported_program)
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode, and every part of it back into its own mode after."""
+    training = {name: part.training for name, part in module.named_modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for name, part in module.named_modules():
+            part.training = training[name]
 
 
 def module_ports(model: ir.Model) -> dict[str, str]:
@@ -90,19 +102,29 @@ def module_ports(model: ir.Model) -> dict[str, str]:
         port name -> ONNX tensor name.
     """
     found: dict[str, set[str]] = {}
+    calls: set[tuple[str, str]] = set()
+    twice: set[str] = set()
     for node in model.graph:
-        for index, value in enumerate(node.inputs):
-            if index == 0 or value is None or not value.is_initializer():
+        scopes = node_scopes(node)
+        source = node.inputs[0] if node.inputs else None
+        for value in node.inputs[1:]:
+            if value is None or source is None or not value.is_initializer():
                 continue
-            module, _, leaf = (value.name or "").rpartition(".")
-            source = node.inputs[0]
-            if leaf == "weight" and source is not None and not source.is_initializer():
-                found.setdefault(f"{module}.input", set()).add(source.name or "")
+            name = (value.name or "").removesuffix(TRANSPOSED)
+            module, _, leaf = name.rpartition(".")
+            if leaf != "weight" or source.is_initializer():
+                continue
+            found.setdefault(f"{module}.input", set()).add(source.name or "")
+            call = (scopes[-1] if scopes else "", name)
+            twice.update(scopes if call in calls else ())
+            calls.add(call)
         for output in node.outputs:
             users = [set(node_scopes(user)) for user, _ in output.uses()]
-            for scope in node_scopes(node):
+            for scope in scopes:
                 if scope and not any(scope in inside for inside in users):
                     found.setdefault(f"{scope}.output", set()).add(output.name or "")
+    for scope in twice:  # one call may read what the other gives: then only one output leaves
+        found.pop(f"{scope}.output", None)
     return {port: names.pop() for port, names in sorted(found.items()) if len(names) == 1}
 
 
@@ -120,8 +142,12 @@ def _split_inputs(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _two_samples(
     args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], int | None]:
-    """Cuts or repeats the batch to two samples: torch.export takes a 1 for a constant."""
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Cuts or repeats the batch to two samples: torch.export takes a 1 for a constant.
+
+    Returns:
+        positional inputs, keyword inputs, and which axes of them are dynamic; None for none.
+    """
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     if not tensors:
         raise InputError("example_inputs hold no tensor; give at least one")
@@ -129,22 +155,19 @@ def _two_samples(
     if not batch:
         return args, kwargs, None
 
+    def batched(x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == batch
+
     def two(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or x.ndim == 0 or x.shape[0] != batch:
+        if not batched(x):
             return x
         return x[:2] if batch > 1 else torch.cat([x, x])
 
-    return tuple(map(two, args)), {key: two(x) for key, x in kwargs.items()}, 2
-
-
-def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Any:
     def shape(x: Any) -> Any:
-        dynamic = isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == batch
-        return {0: torch.export.Dim.DYNAMIC} if dynamic else None
+        return {0: torch.export.Dim.DYNAMIC} if batched(x) else None
 
-    if kwargs:
-        return {key: shape(x) for key, x in kwargs.items()}
-    return tuple(shape(x) for x in args)
+    shapes = {key: shape(x) for key, x in kwargs.items()} or tuple(map(shape, args))
+    return tuple(map(two, args)), {key: two(x) for key, x in kwargs.items()}, shapes
 
 
 def _name_batch_axis(model: ir.Model) -> None:
@@ -175,7 +198,8 @@ def _export_message(module: nn.Module, error: Exception, dynamic_batch: bool) ->
     while cause.__cause__ is not None:
         cause = cause.__cause__
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    reason = lines[0][:400] if lines else type(cause).__name__
+    headline = lines and lines[0].endswith(":")  # the reason itself is on the next line
+    reason = " ".join(lines[: 2 if headline else 1])[:400] or type(cause).__name__
     remedy = (
         "if its batch size is fixed, export it with octavo.export.export_torch(..., "
         "dynamic_batch=False) and give the ONNX file"

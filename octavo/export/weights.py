@@ -56,7 +56,7 @@ def quantize_weight(
     Args:
         weight: float array.
         axis: output-channel axis for one scale a channel; None for one scale.
-        bias: float [channels] or None.
+        bias: float [channels], with leading axes of length 1 or none; or None.
         input_scale: scale of the layer's input; needed with a bias.
         half_scales: round scales up to what float16 can hold.
 
@@ -75,7 +75,7 @@ def quantize_weight(
         qparams = half_scale(qparams)
     if bias is None or input_scale is None:
         return QuantizedWeight(quantize(real, qparams).numpy(), qparams)
-    offset = torch.from_numpy(np.array(bias, dtype=np.float32)).double()
+    offset = torch.from_numpy(np.array(bias, dtype=np.float32)).double().reshape(-1)
     need = offset.abs() / (input_scale * ACCUMULATOR_LIMIT)
     floor = need.max() if axis is None else need
     scale = torch.maximum(qparams.scale.double(), floor).float()

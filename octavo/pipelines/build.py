@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
 from octavo.calibration.collect import with_outputs
-from octavo.core.errors import InputError, UnsupportedError
+from octavo.core.errors import BuildError, InputError, UnsupportedError
 from octavo.core.feeds import as_feeds, split_batch
 from octavo.core.files import sha256_bytes
 from octavo.core.progress import Progress, default_progress
@@ -21,6 +22,7 @@ from octavo.engines import (
     BuildRequest,
     Engine,
     Profile,
+    RunOptions,
     cached,
     get_backend,
     read_artifact,
@@ -29,6 +31,7 @@ from octavo.engines import (
 from octavo.engines.backend import Backend
 from octavo.engines.cache import cache_key
 from octavo.export import QdqModel, input_specs, make_session, place, quantize_graph
+from octavo.export.precision import float16_overflows
 from octavo.export.torch_export import Inputs
 from octavo.pipelines.calibrate import calibrate_source
 from octavo.pipelines.sources import ModelLike, ModelSource, first_batch, is_batches, resolve_model
@@ -79,7 +82,7 @@ def build(
         UnsupportedError: the backend cannot do this; says why.
         BuildError: the backend failed, or nothing of an INT8 engine would run in INT8.
     """
-    chosen = _checked_backend(backend, precision, calibration)
+    chosen = _checked_backend(backend, precision, calibration, targets)
     shown = progress or default_progress()
     if is_batches(calibration) and example_inputs is None:
         example_inputs, calibration = first_batch(calibration)  # type: ignore[arg-type]
@@ -102,16 +105,25 @@ def build(
         timing_cache=None if cache_dir is None else str(Path(cache_dir) / f"{backend}.timing"),
         progress=shown,
     )
-    artifact = _artifact(chosen, request, cache_dir)
+    artifact = _artifact(chosen, request, table, cache_dir)
     if output is not None:
         write_artifact(artifact, output)
     return Engine(artifact, chosen.open)
 
 
-def load(path: str | os.PathLike[str]) -> Engine:
+def load(
+    path: str | os.PathLike[str], *, runner: str | None = None, cuda_graph: bool = False
+) -> Engine:
     """Opens an engine file, after checking every byte of it and that it fits this machine.
 
+    Args:
+        path: of the file.
+        runner: what runs an engine of the TensorRT family: "torch" (torch's CUDA tensors and
+            current stream) or "pycuda" (torch needs no CUDA); by default torch where it has CUDA.
+        cuda_graph: record a CUDA graph for each shape of the inputs and replay it.
+
     Raises:
+        InputError: there is no such runner.
         ArtifactError: it is damaged, foreign, of another version or for another machine.
         UnsupportedError: its backend cannot run here; says what is missing.
     """
@@ -120,12 +132,15 @@ def load(path: str | os.PathLike[str]) -> Engine:
     missing = backend.missing()
     if missing:
         raise UnsupportedError(f"{path} needs backend {artifact.manifest.backend}: {missing}")
-    engine = Engine(artifact, backend.open)
+    options = RunOptions(runner, cuda_graph)
+    engine = Engine(artifact, functools.partial(backend.open, options=options))
     engine.open()
     return engine
 
 
-def _checked_backend(name: str, precision: str, calibration: Calibration | None) -> Backend:
+def _checked_backend(
+    name: str, precision: str, calibration: Calibration | None, targets: Sequence[str]
+) -> Backend:
     if precision not in PRECISIONS:
         raise InputError(
             f"there is no precision {precision!r}; choose from {', '.join(PRECISIONS)}"
@@ -139,6 +154,7 @@ def _checked_backend(name: str, precision: str, calibration: Calibration | None)
     missing = backend.missing()
     if missing:
         raise UnsupportedError(missing)
+    backend.check(precision, targets)
     return backend
 
 
@@ -156,6 +172,11 @@ def _table(
 
 def _quantize(source: ModelSource, table: CalibrationTable, precision: str) -> QdqModel:
     placement = place(source.graph, table.exclude)
+    if not placement.tensors:
+        raise BuildError(
+            f"the table excludes every layer of this model ({', '.join(table.exclude)}), so "
+            "nothing would run in INT8; build with precision float32 instead"
+        )
     spec = table.spec(placement.tensors, source.ports)
     if not spec.activations:
         raise InputError("the calibration table has no tensor of this model; calibrate this model")
@@ -163,19 +184,24 @@ def _quantize(source: ModelSource, table: CalibrationTable, precision: str) -> Q
 
 
 def _artifact(
-    backend: Backend, request: BuildRequest, cache_dir: str | os.PathLike[str] | None
+    backend: Backend,
+    request: BuildRequest,
+    table: CalibrationTable | None,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> Artifact:
     if cache_dir is None:
         return backend.build(request)
-    table = None if request.table is None else sha256_bytes(request.table.encode())
+    # what was tried, and how long that took, does not change what is built
+    decided = None if table is None else table.model_copy(update={"trials": ()}).dumps()
     key = cache_key(
         {
             "model": request.fingerprint,
-            "calibration": table,
+            "calibration": None if decided is None else sha256_bytes(decided.encode()),
             "backend": backend.name,
             "backend_version": backend.version(),
             "environment": dict(backend.environment(request.targets)),
             "precision": request.precision,
+            "kept in float32": sorted(float16_overflows(request.model, request.peaks)),
             "profiles": {n: (p.min, p.opt, p.max) for n, p in request.profiles.items()},
             "targets": sorted(request.targets),
         }
@@ -187,10 +213,13 @@ def _artifact(
 def _profile(value: ProfileLike) -> Profile:
     if isinstance(value, Profile):
         return value
-    shapes = [tuple(int(axis) for axis in shape) for shape in value]
-    if len(shapes) != 3:
-        raise InputError(f"a profile has three shapes (min, opt, max), not {len(shapes)}")
-    return Profile(*shapes)
+    try:
+        low, best, high = (tuple(int(axis) for axis in shape) for shape in value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"profile {value!r} is not three shapes; give (min, opt, max), each a tuple of ints"
+        ) from error
+    return Profile(low, best, high)
 
 
 def _check_profiles(source: ModelSource, profiles: Mapping[str, Profile]) -> None:

@@ -69,9 +69,12 @@ def calibrate_source(
     verbose: bool,
 ) -> CalibrationTable:
     """Calibrates a model that has been resolved, and prints what was compared."""
+    batches: Iterable[Any]
     if isinstance(data, (str, os.PathLike)):
-        data = load_data(data, input_specs(source.graph))
-    table = calibrate_graph(source.graph, data, options, progress=progress or default_progress())
+        batches = load_data(data, input_specs(source.graph))
+    else:
+        batches = data
+    table = calibrate_graph(source.graph, batches, options, progress=progress or default_progress())
     table = table.model_copy(update={"fingerprint": dict(source.fingerprint)})
     if verbose and len(table.trials) > 1:
         from octavo.reports import print_trials

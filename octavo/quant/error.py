@@ -6,20 +6,22 @@ A NaN in either result makes every measure of a distance NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from octavo.core.arrays import Array
 from octavo.core.errors import InputError
 from octavo.core.results import Accuracy
 
 __all__ = ["accuracy", "cosine", "max_error", "sqnr_db", "top_k_agreement"]
 
-Array: TypeAlias = "torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]"
+Values: TypeAlias = torch.Tensor | Array
 
 
-def sqnr_db(reference: Array, value: Array) -> float:
+def sqnr_db(reference: Values, value: Values) -> float:
     """Signal to quantization noise ratio, 10 log10(sum(reference^2) / sum((reference - value)^2)).
 
     Args:
@@ -30,21 +32,24 @@ def sqnr_db(reference: Array, value: Array) -> float:
         decibels; infinite where the two are equal, minus infinite where only noise is left.
     """
     ref, val = _pair(reference, value)
-    noise = float((ref - val).square().sum())
-    signal = float(ref.square().sum())
+    return decibels(float(ref.square().sum()), float((ref - val).square().sum()))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two powers; infinite where there is no noise."""
     if noise == 0:
         return math.inf
     ratio = signal / noise
     return -math.inf if ratio == 0 else 10 * math.log10(ratio)
 
 
-def max_error(reference: Array, value: Array) -> float:
+def max_error(reference: Values, value: Values) -> float:
     """Largest absolute difference; 0 for empty tensors."""
     ref, val = _pair(reference, value)
     return float((ref - val).abs().max()) if ref.numel() else 0.0
 
 
-def cosine(reference: Array, value: Array) -> float:
+def cosine(reference: Values, value: Values) -> float:
     """Cosine similarity over all values; 1 where both are all zero, 0 where one is."""
     ref, val = _pair(reference, value)
     norms = float(ref.norm()) * float(val.norm())
@@ -53,7 +58,7 @@ def cosine(reference: Array, value: Array) -> float:
     return float(((ref * val).sum() / norms).clamp(-1, 1))
 
 
-def top_k_agreement(reference: Array, value: Array, k: int = 1) -> float:
+def top_k_agreement(reference: Values, value: Values, k: int = 1) -> float:
     """Share of rows whose best class of the reference is among the k best of the value.
 
     Quantized scores tie often: of equal scores the first counts as the best, on both sides.
@@ -80,7 +85,9 @@ def top_k_agreement(reference: Array, value: Array, k: int = 1) -> float:
     return float((ranked[..., :k] == best).any(-1).double().mean())
 
 
-def accuracy(reference: Array, value: Array, labels: Array | None = None) -> Accuracy:
+def accuracy(
+    reference: Values, value: Values, labels: Values | Sequence[int] | None = None
+) -> Accuracy:
     """All measures of a result at once.
 
     Args:
@@ -114,14 +121,14 @@ def accuracy(reference: Array, value: Array, labels: Array | None = None) -> Acc
     )
 
 
-def _tensor(value: Array) -> torch.Tensor:
+def _tensor(value: Values | Sequence[int]) -> torch.Tensor:
     """`value` on the CPU; an array is copied, since torch cannot share a read-only one."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     return torch.from_numpy(np.array(value))
 
 
-def _pair(reference: Array, value: Array) -> tuple[torch.Tensor, torch.Tensor]:
+def _pair(reference: Values, value: Values) -> tuple[torch.Tensor, torch.Tensor]:
     ref, val = _tensor(reference).to(torch.float64), _tensor(value).to(torch.float64)
     if ref.shape != val.shape:
         raise InputError(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from octavo.core.results import Accuracy, LatencyMs, LayerInfo, LayerReport, Report, Trial
+from octavo.core.results import Comparison, LayerInfo, LayerReport, Report, Trial
 from octavo.reports._printer import Printer
 from octavo.reports.headline import headline
 from octavo.reports.summary import (
@@ -23,6 +23,7 @@ from octavo.reports.summary import (
     format_percent,
     format_ratio,
     format_seconds,
+    format_size,
     format_spread,
     format_sqnr,
     precision_title,
@@ -173,52 +174,44 @@ def _runs_in(layer: LayerInfo) -> str:
     return layer.precision if layer.kind == "compute" else "reformat"
 
 
-def print_comparison(
-    name_a: str,
-    name_b: str,
-    accuracy: Accuracy | None,
-    latency_a: LatencyMs | None,
-    latency_b: LatencyMs | None,
-    console: Console | None = None,
-) -> None:
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Prints two models or engines side by side.
 
     Args:
-        name_a: the reference.
-        name_b: what is set against it.
-        accuracy: how far b's output is from a's; None where it was not measured.
-        latency_a: one call of a; None where it was not measured.
-        latency_b: one call of b; None where it was not measured.
+        comparison: what was measured; the first is the reference.
         console: where to print; standard output when None.
     """
     out = Printer(console)
-    columns = [("", "name"), *_numbers("Latency p50", "p20–p80", "Calls", "Speed-up")]
+    reference = comparison.latency_ms[0]
+    columns = [("", "name"), *_numbers("Size", "Latency p50", "p20–p80", "Speed-up")]
     table = out.table(columns)
-    for name, latency in ((name_a, latency_a), (name_b, latency_b)):
+    rows = zip(comparison.names, comparison.size_bytes, comparison.latency_ms, strict=True)
+    for name, size, latency in rows:
         out.row(
             table,
             [
                 name,
-                f"{significant(latency.p50)} ms" if latency else NONE,
+                format_size(size),
+                f"{significant(latency.p50)} ms",
                 format_spread(latency),
-                str(latency.count) if latency else NONE,
-                format_ratio(speed_up(latency_a, latency)),
+                format_ratio(speed_up(reference, latency)),
             ],
         )
     out.show(table)
-    if accuracy is not None:
-        out.line()
-        out.line(f"Output of {name_b} against {name_a}:")
-        out.items(_distance(accuracy))
+    out.line()
+    out.line(f"{comparison.names[1]} against {comparison.names[0]}, {comparison.samples} samples:")
+    out.items(_distance(comparison))
 
 
-def _distance(accuracy: Accuracy) -> list[str]:
-    """Every measure of an accuracy, in words."""
+def _distance(comparison: Comparison) -> list[str]:
+    """Every measure of the second model's accuracy, in words."""
+    accuracy = comparison.accuracy
     facts = [f"SQNR {format_sqnr(accuracy.sqnr_db, equal='infinite (equal)')}"]
     facts += [f"largest difference {significant(accuracy.max_error)}"]
     facts += [f"cosine similarity {accuracy.cosine:.6f}"]
     if accuracy.top1_agreement is not None:
         facts.append(f"{format_percent(accuracy.top1_agreement)} of the predictions equal")
     if accuracy.top1_accuracy is not None:
-        facts.append(f"{format_percent(accuracy.top1_accuracy)} right")
+        before = format_percent(comparison.reference_accuracy)
+        facts.append(f"{format_percent(accuracy.top1_accuracy)} right, the reference {before}")
     return facts

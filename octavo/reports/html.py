@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from octavo.core.errors import InputError
 from octavo.core.files import atomic_write
-from octavo.core.results import EngineResult, LayerReport, Report
+from octavo.core.results import EngineResult, Report
 from octavo.reports._extras import require
 from octavo.reports.headline import headline
 from octavo.reports.plots import PLOTS, render
@@ -35,39 +33,26 @@ __all__ = ["write_html"]
 _ORDER = ("int4", "int8", "float8", "float16", "bfloat16", "float32", "float64")
 
 
-def write_html(
-    report: Report,
-    path: str | os.PathLike[str],
-    *,
-    layers: Mapping[str, LayerReport] | None = None,
-) -> Path:
+def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
     """Writes a report as one self-contained HTML file, in one step.
 
     The same report gives the same bytes.
 
     Args:
-        report: what was measured.
+        report: what was measured; where an engine has a `layer_report`, the file tells why layers
+            are not INT8 and not only how many.
         path: where the file goes; an older file there is replaced.
-        layers: for some engines, by their name in the report, every layer as the backend reports
-            it; with it the file tells why layers are not INT8 and not only how many.
 
     Returns:
         `path`.
 
     Raises:
-        InputError: `layers` names an engine that the report does not have.
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    reasons = dict(layers or {})
-    names = [engine.name for engine in report.engines]
-    for name in reasons:
-        if name not in names:
-            message = f"Layers are given for {name!r}, but the report's engines are {names}."
-            raise InputError(message)
-    return atomic_write(path, _render(report, reasons))
+    return atomic_write(path, _render(report))
 
 
-def _render(report: Report, layers: Mapping[str, LayerReport]) -> str:
+def _render(report: Report) -> str:
     """Fills the template."""
     require("jinja2", "An HTML report")
     from jinja2 import Environment, StrictUndefined
@@ -98,7 +83,7 @@ def _render(report: Report, layers: Mapping[str, LayerReport]) -> str:
         labelled=any(row.top1 != NONE for row in rows),
         precisions=_precisions(report),
         share=_int8_share,
-        layers=layers,
+        layers={e.name: e.layer_report for e in report.engines if e.layer_report is not None},
         plots=_plots(report),
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from octavo.core.errors import InputError
 from octavo.core.files import atomic_write
-from octavo.core.results import Report, to_json
+from octavo.core.results import Accuracy, Report, to_json
 
 __all__ = ["SCHEMA_VERSION", "write_json"]
 
@@ -21,8 +22,9 @@ def write_json(report: Report, path: str | os.PathLike[str]) -> Path:
     """Writes a report as JSON, in one step.
 
     The keys are `schema_version` and then the fields of `Report`, in the order in which the class
-    declares them, so that two files compare line by line. An infinite or undefined number (the
-    SQNR of an engine whose output equals the float model's) is null.
+    declares them, so that two files compare line by line. The measures of accuracy stand beside an
+    engine's other figures. An infinite number (the SQNR of an output that equals the float
+    model's) is "inf", an undefined one null.
 
     Args:
         report: what was measured.
@@ -35,8 +37,16 @@ def write_json(report: Report, path: str | os.PathLike[str]) -> Path:
         InputError: the report holds a value that JSON has no form for.
     """
     content = {"schema_version": SCHEMA_VERSION, **to_json(report)}
+    for row in (content["baseline"], *content["engines"]):
+        _flatten(row)
     text = json.dumps(content, indent=2, allow_nan=False, default=_refuse)
     return atomic_write(path, text + "\n")
+
+
+def _flatten(row: dict[str, Any]) -> None:
+    """Puts the measures of accuracy where `accuracy` was; null where none was measured."""
+    measures = row.pop("accuracy") or dict.fromkeys(field.name for field in fields(Accuracy))
+    row.update(measures)
 
 
 def _refuse(value: Any) -> NoReturn:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from octavo.core.results import (
@@ -81,11 +82,11 @@ def test_a_whole_report_becomes_strict_json() -> None:
     assert tree["baseline"]["latency_ms"] == {"p20": 1.0, "p50": 1.5, "p80": 2.0, "count": 50}
     assert tree["baseline"]["accuracy"] is None
     accuracy = tree["engines"][0]["accuracy"]
-    assert (accuracy["sqnr_db"], accuracy["max_error"], accuracy["cosine"]) == (None, 0.0, None)
+    assert (accuracy["sqnr_db"], accuracy["max_error"], accuracy["cosine"]) == ("inf", 0.0, None)
     assert tree["engines"][0]["layers"] == {"float32": 2, "int8": 2, "reformat": 2}
     assert tree["engines"][0]["notes"] == ["one", "two"]
     assert tree["trials"] == [
-        {"name": "mse", "sqnr_db": None, "top1_agreement": None, "seconds": 0.5, "chosen": True}
+        {"name": "mse", "sqnr_db": "-inf", "top1_agreement": None, "seconds": 0.5, "chosen": True}
     ]
     assert tree["histograms"][0]["counts"] == [7]
 
@@ -94,15 +95,18 @@ def test_a_whole_report_becomes_strict_json() -> None:
     ("value", "expected"),
     [
         (math.nan, None),
-        (math.inf, None),
-        (-math.inf, None),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
         (-0.5, -0.5),
         (True, True),
         (3, 3),
         (None, None),
-        ("inf", "inf"),
+        ("text", "text"),
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7),
+        (np.float32("nan"), None),
         ({1: {2.5: math.nan}}, {"1": {"2.5": None}}),
-        ([(), (math.inf, [1])], [[], [None, [1]]]),
+        ([(), (math.inf, [1])], [[], ["inf", [1]]]),
     ],
 )
 def test_plain_values(value: object, expected: object) -> None:

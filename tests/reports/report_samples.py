@@ -25,5 +25,5 @@ def make_engine(
         LatencyMs(p50 * 0.97, p50, p50 * 1.06, 400),
         Accuracy(sqnr_db, 0.4123, 0.9936, agreement, 0.7482),
         {"int8": 56, "float32": 4, "reformat": 5} if precision == "int8" else {precision: 60},
-        ("classifier.1 stays in float32.",),
+        notes=("classifier.1 stays in float32.",),
     )

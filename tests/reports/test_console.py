@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Callable
@@ -8,7 +9,14 @@ import pytest
 from report_samples import make_engine
 from rich.console import Console
 
-from octavo.core.results import Accuracy, LatencyMs, LayerInfo, LayerReport, Report
+from octavo.core.results import (
+    Accuracy,
+    Comparison,
+    LatencyMs,
+    LayerInfo,
+    LayerReport,
+    Report,
+)
 from octavo.reports import print_comparison, print_layers, print_report, print_trials
 from octavo.reports.summary import engine_rows, trial_value
 
@@ -113,25 +121,31 @@ def test_limited_layers_list_the_explained_first(limit: int, shown: int) -> None
         assert f"… and {10 - shown} more" in text
 
 
-def test_comparison_shows_both_latencies_and_every_measure() -> None:
-    def show(console: Console) -> None:
-        print_comparison(
-            "a.onnx",
-            "b.onnx",
-            Accuracy(float("inf"), 0.0, 1.0, 1.0, 0.75),
-            LatencyMs(6.0, 6.2, 6.6, 10),
-            LatencyMs(3.0, 3.1, 3.3, 20),
-            console,
-        )
+COMPARISON = Comparison(
+    names=("a.onnx", "b.onnx"),
+    accuracy=Accuracy(float("inf"), 0.0, 1.0, 1.0, 0.75),
+    reference_accuracy=0.8,
+    latency_ms=(LatencyMs(6.0, 6.2, 6.6, 10), LatencyMs(3.0, 3.1, 3.3, 10)),
+    size_bytes=(18_600_000, 4_900_000),
+    samples=120,
+)
 
-    text = capture(show, 80)
-    for part in ("6.20 ms", "3.10 ms", "6.00–6.60", "2.00×", "infinite", "1.000000", "75.0 %"):
+
+def test_comparison_shows_both_latencies_and_every_measure() -> None:
+    text = capture(lambda console: print_comparison(COMPARISON, console), 80)
+    parts = ("6.20 ms", "3.10 ms", "6.00–6.60", "2.00×", "infinite", "1.000000", "75.0 %", "80.0 %")
+    for part in (*parts, "18.6 MB", "4.90 MB", "120 samples"):
         assert part in text
 
 
-def test_what_was_not_measured_is_a_dash() -> None:
-    text = capture(lambda console: print_comparison("a", "b", None, None, None, console), 80)
-    assert re.search(r"^a +– +– +– +–", text, re.MULTILINE)
+def test_comparison_without_classes_and_labels() -> None:
+    bare = dataclasses.replace(
+        COMPARISON, accuracy=Accuracy(21.5, 0.25, 0.99), reference_accuracy=None
+    )
+    text = capture(lambda console: print_comparison(bare, console), 80)
+    assert "21.5 dB" in text
+    assert "predictions" not in text
+    assert "right" not in text
 
 
 def test_empty_results_are_said(bare_report: Report) -> None:

@@ -4,11 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from octavo.core.errors import InputError
-from octavo.core.results import EngineResult, Report
+from octavo.core.results import Accuracy, EngineResult, Report
 from octavo.reports import SCHEMA_VERSION, write_json
 
 
@@ -23,13 +22,14 @@ def test_every_field_is_in_the_file(report: Report, tmp_path: Path) -> None:
     for written, result in zip(
         [content["baseline"], *content["engines"]], [report.baseline, *report.engines], strict=True
     ):
-        assert list(written) == field_names(EngineResult)
+        names = [name for name in field_names(EngineResult) if name != "accuracy"]
+        assert list(written) == [*names, *field_names(Accuracy)]
         assert written["name"] == result.name, "names survive unchanged, control codes included"
         assert written["layers"] == dict(result.layers)
         assert written["latency_ms"] == dataclasses.asdict(result.latency_ms)
-    assert content["baseline"]["accuracy"] is None
-    assert content["engines"][1]["accuracy"]["sqnr_db"] == 18.9
-    assert content["engines"][2]["accuracy"]["sqnr_db"] is None, "infinite is null in JSON"
+    assert content["baseline"]["sqnr_db"] is None
+    assert content["engines"][1]["sqnr_db"] == 18.9
+    assert content["engines"][2]["sqnr_db"] == "inf"
     assert content["histograms"][0]["counts"] == [4, 9, 1]
 
 
@@ -42,8 +42,8 @@ def test_same_report_same_bytes(report: Report, tmp_path: Path) -> None:
 def test_a_value_without_a_form_in_json_is_named(bare_report: Report, tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     target.write_text("old")
-    broken = dataclasses.replace(bare_report, notes=(np.float32(3.25),))
-    with pytest.raises(InputError, match=r"3\.25.*float32"):
+    broken = dataclasses.replace(bare_report, notes=(3.25j,))
+    with pytest.raises(InputError, match=r"3\.25j.*complex"):
         write_json(broken, target)
     assert target.read_text() == "old", "a failed write leaves the older file as it was"
     assert list(tmp_path.iterdir()) == [target], "and no temporary file"

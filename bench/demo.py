@@ -1,0 +1,66 @@
+"""The demo's figures as a results file, and the limits that they have to keep.
+
+    python -m bench.demo
+
+Runs `octavo demo` into a temporary folder. Do it on a quiet machine: latencies are measured in
+turn, but a busy machine still slows a small engine down more than a large one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.results_file import write_results
+from octavo.pipelines.demo import run_demo
+
+LIMITS = {
+    "latency over the float engine": 0.60,
+    "latency over PyTorch eager": 0.15,
+    "size over the float engine": 0.30,
+}
+
+
+def main() -> int:
+    """Runs the demo, writes bench/results/demo.json, and checks the limits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of the results file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run_demo(folder, say=lambda text: print(text, file=sys.stderr))
+        report = json.loads((Path(folder) / "report.json").read_text())
+    rows = [_row(row) for row in (report["baseline"], *report["engines"])]
+    ratios = _ratios(report)
+    print(
+        write_results(
+            "demo", {"data": report["data"], "rows": rows, "ratios": ratios}, out=options.out
+        )
+    )
+    broken = [name for name, limit in LIMITS.items() if ratios[name] > limit]
+    for name, limit in LIMITS.items():
+        state = "BROKEN" if name in broken else "kept"
+        print(f"{state:<7}{name}: {ratios[name]:.3f}, limit {limit}")
+    return 1 if broken else 0
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "layer_report"}
+
+
+def _ratios(report: dict[str, Any]) -> dict[str, float]:
+    engines = {row["name"]: row for row in report["engines"]}
+    int8, floats = engines["ONNX Runtime INT8"], engines["ONNX Runtime float32"]
+    latency = int8["latency_ms"]["p50"]
+    return {
+        "latency over the float engine": round(latency / floats["latency_ms"]["p50"], 4),
+        "latency over PyTorch eager": round(latency / report["baseline"]["latency_ms"]["p50"], 4),
+        "size over the float engine": round(int8["size_bytes"] / floats["size_bytes"], 4),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

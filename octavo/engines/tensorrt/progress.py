@@ -1,0 +1,145 @@
+"""Progress of a TensorRT build, and a clean end when the user interrupts it.
+
+The build runs in a thread of its own, because Python handles Ctrl-C only between two instructions
+of the main thread, and an exception must never leave a method that TensorRT calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from octavo.core.progress import Advance, Progress
+
+__all__ = ["BuildMonitor", "run_build"]
+
+PERCENT = 100
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Phase:
+    name: str
+    steps: int
+    done: int = 0
+
+
+class BuildMonitor:
+    """Turns TensorRT's nested phases into one bar, and asks it to stop when told to.
+
+    Its methods may be called by several threads at once.
+
+    Args:
+        advance: takes the percents of the build that were finished since the last call.
+    """
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._lock = threading.Lock()
+        self._phases: list[_Phase] = []
+        self._shown = 0
+        self._cancelled = False
+        self.failure: Exception | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the build was asked to stop."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Asks TensorRT to stop at the end of the step it is at."""
+        self._cancelled = True
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        """A phase begins, inside its parent."""
+        with self._lock:
+            if parent_phase is None:
+                self._phases.clear()
+            self._phases.append(_Phase(phase_name, max(1, num_steps)))
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        """A step of a phase is done; False asks TensorRT to end the build."""
+        with self._lock:
+            for phase in reversed(self._phases):
+                if phase.name == phase_name:
+                    phase.done = min(phase.steps, step + 1)
+                    break
+            self._show()
+        return not self._cancelled
+
+    def phase_finish(self, phase_name: str) -> None:
+        """A phase is over, whether or not every step was reported."""
+        with self._lock:
+            for index in range(len(self._phases) - 1, 0, -1):
+                if self._phases[index].name == phase_name:
+                    del self._phases[index:]
+                    break
+
+    def finish(self) -> None:
+        """The build has succeeded: fills the bar."""
+        with self._lock:
+            self._to(PERCENT)
+
+    def _show(self) -> None:
+        fraction = 0.0
+        for phase in reversed(self._phases):
+            fraction = min(1.0, (phase.done + fraction) / phase.steps)
+        self._to(int(fraction * PERCENT))
+
+    def _to(self, percent: int) -> None:
+        if percent <= self._shown or self.failure is not None:
+            return
+        steps, self._shown = percent - self._shown, percent
+        try:
+            self._advance(steps)
+        except Exception as error:  # kept for the caller: TensorRT cannot carry an exception
+            self.failure = error
+            self._cancelled = True
+
+
+def run_build(
+    title: str, progress: Progress, build: Callable[[BuildMonitor], Result]
+) -> tuple[Result, BuildMonitor]:
+    """Runs a build in a thread while this one shows its progress and waits for Ctrl-C.
+
+    Args:
+        title: of the bar.
+        progress: where to show it.
+        build: the build; it hands the monitor to TensorRT.
+
+    Returns:
+        what `build` returned, and the monitor.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted the build; it has ended.
+    """
+    with progress.task(title, PERCENT) as advance:
+        monitor = BuildMonitor(advance)
+        outcome: Future[Result] = Future()
+
+        def work() -> None:
+            if monitor.cancelled:  # interrupted while this thread was starting
+                return
+            try:
+                outcome.set_result(build(monitor))
+            except BaseException as error:  # raised again by the thread that waits
+                outcome.set_exception(error)
+
+        worker = threading.Thread(target=work, name="octavo-build")
+        try:
+            worker.start()
+            result = outcome.result()
+        except KeyboardInterrupt:
+            monitor.cancel()
+            if worker.is_alive():
+                worker.join()
+            raise
+        if monitor.failure is not None:
+            raise monitor.failure
+        if not monitor.cancelled:
+            monitor.finish()
+    return result, monitor

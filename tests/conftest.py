@@ -1,0 +1,97 @@
+"""Lets every test folder import the modules beside this file, and shares what is slow to make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from torch import nn
+
+from octavo.calibration import CalibrationTable
+from octavo.export import TorchExport, export_torch, load_onnx, save_onnx
+from octavo.pipelines import demo_data
+from octavo.pipelines.demo import run_demo
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@dataclass(frozen=True)
+class Lite0:
+    """EfficientNet-Lite0 and real crops.
+
+    Attributes:
+        module: in float, with its ImageNet weights.
+        exported: as ONNX and as an exported program.
+        path: of the ONNX file.
+        calibration: crops of some photographs, float32 [48, 3, 224, 224].
+        evaluation: crops of others, float32 [32, 3, 224, 224].
+    """
+
+    module: nn.Module
+    exported: TorchExport
+    path: Path
+    calibration: np.ndarray
+    evaluation: np.ndarray
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder once for all workers of a test run: once(name, make) -> folder."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not (folder / "done").exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                (folder / "done").touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def lite0(once: Once) -> Lite0:
+    """The real network; exported once for all workers."""
+    module = demo_data.efficientnet_lite0()
+
+    def make(folder: Path) -> None:
+        exported = export_torch(module, torch.zeros(1, 3, demo_data.SIZE, demo_data.SIZE))
+        save_onnx(exported.model, folder / "lite0.onnx")
+        torch.export.save(exported.program, folder / "lite0.pt2")
+        np.save(folder / "cal.npy", demo_data.crops(demo_data.CALIBRATION_PHOTOS, 48, seed=0))
+        np.save(folder / "ev.npy", demo_data.crops(demo_data.EVALUATION_PHOTOS, 32, seed=1))
+
+    folder = once("lite0", make)
+    program = torch.export.load(folder / "lite0.pt2")
+    exported = TorchExport(load_onnx(folder / "lite0.onnx"), program)
+    return Lite0(
+        module,
+        exported,
+        folder / "lite0.onnx",
+        np.load(folder / "cal.npy"),
+        np.load(folder / "ev.npy"),
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_folder(once: Once) -> Path:
+    """What `octavo demo` makes, with fewer crops; run once for all workers."""
+    return once("demo", lambda folder: run_demo(folder, calibration_crops=64, evaluation_crops=60))
+
+
+@pytest.fixture(scope="session")
+def lite0_table(demo_folder: Path) -> CalibrationTable:
+    """The table that the demo's calibration found."""
+    return CalibrationTable.load(demo_folder / "table.json")

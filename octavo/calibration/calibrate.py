@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from octavo.calibration.collect import OnnxCollector, check_finite
 from octavo.calibration.distributed import broadcast_from_first, gather_statistics, process_group
-from octavo.calibration.observers import OBSERVERS
+from octavo.calibration.observers import OBSERVERS, observed_ranges
 from octavo.calibration.samples import Divider
-from octavo.calibration.search import Candidate, Search, observed_ranges
+from octavo.calibration.search import Candidate, Search
 from octavo.calibration.statistics import TensorStatistics
 from octavo.calibration.table import CalibrationTable, TensorEntry, WeightEntry, short_float
 from octavo.core.errors import CalibrationError, InputError, OctavoWarning
@@ -142,9 +142,8 @@ def _collect(
             if batch_size(feeds, specs) == 0:
                 raise CalibrationError(f"batch {index} is empty; leave empty batches out")
             check_finite(feeds, index)
-            part = divider.divide(feeds)
             samples += batch_size(feeds, specs) or 1
-            if part is not None:
+            for part in divider.divide(feeds):
                 collector.update(part, index)
             advance(1)
     if not samples:

@@ -13,12 +13,15 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from octavo.calibration.observers import OBSERVERS, observed_ranges
 from octavo.calibration.statistics import TensorStatistics
+from octavo.calibration.table import CalibrationTable, TensorEntry
 from octavo.core.arrays import Array
 from octavo.core.errors import CalibrationError, InputError
 from octavo.core.feeds import as_feeds, batch_size, split_batch, to_numpy
 from octavo.export.onnx_model import input_specs
 from octavo.export.onnxruntime_session import make_session
+from octavo.export.torch_export import torch_fingerprint
 
 __all__ = ["MICRO_BATCH", "OnnxCollector", "TorchCollector"]
 
@@ -154,6 +157,7 @@ class TorchCollector:
         self._root = module
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._batches = 0
+        self._samples = 0
 
     def __enter__(self) -> TorchCollector:
         for port in self.statistics:
@@ -163,7 +167,7 @@ class TorchCollector:
                 self._handles.append(part.register_forward_pre_hook(self._before(port)))
             else:
                 self._handles.append(part.register_forward_hook(self._after(port)))
-        self._handles.append(self._root.register_forward_hook(self._finish))
+        self._handles.append(self._root.register_forward_hook(self._finish, with_kwargs=True))
         return self
 
     def __exit__(
@@ -175,6 +179,42 @@ class TorchCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def table(self, observer: str = "minmax", dtype: str = "int8") -> CalibrationTable:
+        """What was seen, as a calibration table of this module.
+
+        Tensors that are not watched stay in float, such as the inputs of a residual addition.
+
+        Args:
+            observer: "minmax", "moving-average", "percentile", "entropy" or "mse"; "auto" needs
+                held-back samples, and `octavo.calibrate`.
+            dtype: "int8" (symmetric) or "uint8" (affine, ONNX Runtime only).
+
+        Raises:
+            CalibrationError: no batch has run, or a watched port was never reached.
+            InputError: no such observer or dtype.
+        """
+        if observer not in OBSERVERS or dtype not in ("int8", "uint8"):
+            raise InputError(
+                f"cannot make a table with observer {observer!r} and dtype {dtype!r}; choose one "
+                f"of {', '.join(OBSERVERS)}, and int8 or uint8"
+            )
+        unseen = [port for port, seen in self.statistics.items() if not seen.count]
+        if unseen:
+            raise CalibrationError(
+                f"nothing was seen of {unseen[0]!r}; run batches through the module inside the "
+                "`with` block, and leave out ports that they do not reach"
+            )
+        ranges = observed_ranges(self.statistics, (), observer, dtype)
+        return CalibrationTable(
+            fingerprint={"torch": torch_fingerprint(self._root)},
+            observer=observer,
+            samples=self._samples,
+            tensors={
+                port: TensorEntry.of(self.statistics[port], qparams, observer)
+                for port, qparams in ranges.items()
+            },
+        )
 
     def _before(self, port: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -196,10 +236,14 @@ class TorchCollector:
         values = to_numpy(value.detach().float(), f"batch {self._batches}, {port}")
         self.statistics[port].update(port, values, self._batches)
 
-    def _finish(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def _finish(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+    ) -> None:
         for statistics in self.statistics.values():
             statistics.end_batch()
         self._batches += 1
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim)
+        self._samples += next((len(tensor) for tensor in tensors), 1)
 
 
 def check_finite(feeds: Mapping[str, Array], batch: int) -> None:

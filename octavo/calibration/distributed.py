@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -12,6 +13,8 @@ from octavo.calibration.statistics import TensorStatistics
 from octavo.core.errors import CalibrationError
 
 __all__ = ["broadcast_from_first", "gather_statistics", "process_group", "rank", "world_size"]
+
+_groups = itertools.count()
 
 T = TypeVar("T")
 Collected = tuple[dict[str, TensorStatistics], int]
@@ -29,10 +32,16 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes that torchrun started, where the caller has not done so already."""
+    """Joins the processes that torchrun started, where the caller has not done so already.
+
+    A group that is made here is closed again. Each has a prefix of its own in torchrun's store:
+    under one prefix, a second group would find the closed sockets of the first.
+    """
     started = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     if started:
-        dist.init_process_group("gloo")
+        store, number, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined] # public, not in __all__
+        own = dist.PrefixStore(f"octavo/{next(_groups)}", store)  # type: ignore[attr-defined] # likewise
+        dist.init_process_group("gloo", store=own, rank=number, world_size=size)
     try:
         yield
     finally:

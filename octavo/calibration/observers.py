@@ -5,7 +5,7 @@ All of them read the same statistics, so comparing them costs one pass over the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -151,6 +151,25 @@ def choose_range(ends: tuple[float, float], dtype: str) -> QParams:
     """Per-tensor parameters for a range, which need not hold zero or be in order."""
     low, high = min(ends), max(ends)
     return qparams_from_range(min(low, 0.0), max(high, 0.0), dtype)
+
+
+def observed_ranges(
+    statistics: Mapping[str, TensorStatistics],
+    groups: Sequence[Sequence[str]],
+    observer: str,
+    dtype: str,
+) -> dict[str, QParams]:
+    """What one observer makes of every tensor; tensors of a group get the widest range in it."""
+    ranges = {
+        name: OBSERVERS[observer].range(seen, dtype) if seen.count else (0.0, 0.0)
+        for name, seen in statistics.items()
+    }
+    for group in groups:
+        known = [ranges[name] for name in group if name in ranges]
+        if known:
+            widest = min(low for low, _ in known), max(high for _, high in known)
+            ranges.update({name: widest for name in group if name in ranges})
+    return {name: choose_range(ends, dtype) for name, ends in ranges.items()}
 
 
 def quantization_noise(statistics: TensorStatistics, qparams: QParams) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,15 +33,26 @@ class Reservoir:
         self._random = random.Random(0)  # noqa: S311 - a fair choice, not a secret one
         self.samples: list[Feeds] = []
 
-    def add(self, sample: Mapping[str, Array]) -> None:
-        """Offers one sample: arrays with a leading axis of 1, or a whole batch of fixed size."""
+    def add(self, sample: Feeds) -> Feeds | None:
+        """Offers one sample.
+
+        Args:
+            sample: arrays with a leading axis of 1, or a whole batch of fixed size.
+
+        Returns:
+            the sample that there is no room for: this very one, or one that was kept before; None
+            while there is room for all.
+        """
         self._seen += 1
         place = len(self.samples)
         if place >= self._capacity:
             place = self._random.randrange(self._seen)
-        if place < self._capacity:
-            copy = {name: np.array(array) for name, array in sample.items()}
-            self.samples[place : place + 1] = [copy]
+        if place >= self._capacity:
+            return sample
+        dropped = self.samples[place] if place < len(self.samples) else None
+        copy = {name: np.array(array) for name, array in sample.items()}
+        self.samples[place : place + 1] = [copy]
+        return dropped
 
     def batches(self) -> list[Feeds]:
         """The kept samples as one batch, or one by one where they cannot be joined."""
@@ -55,8 +66,8 @@ class Reservoir:
 class Divider:
     """Cuts batches into samples to calibrate on and samples to hold back.
 
-    Every fourth sample is held back until there are enough; the rest is calibrated on. Where the
-    batch axis is fixed, a whole batch counts as one sample.
+    Of every fourth sample a fair choice is held back; the rest is calibrated on, and so is what the
+    choice gives up again. Where the batch axis is fixed, a whole batch counts as one sample.
 
     Args:
         specs: the model's inputs.
@@ -72,28 +83,35 @@ class Divider:
 
     def __init__(self, specs: Sequence[TensorSpec], hold_back: int, keep: int) -> None:
         self._specs = specs
-        self._hold_back = hold_back
         self._index = 0
         leading = {spec.shape[0] if spec.shape else None for spec in specs}
         joins = len(leading) == 1 and isinstance(leading.pop(), str)
         self.held = Reservoir(hold_back, joins=joins)
         self.kept = Reservoir(keep, joins=joins)
 
-    def divide(self, feeds: Feeds) -> Feeds | None:
-        """The part of a batch to calibrate on; None where all of it is held back."""
+    def divide(self, feeds: Feeds) -> list[Feeds]:
+        """The parts of a batch to calibrate on, and samples that were held back until now."""
         size = batch_size(feeds, self._specs)
-        stay = []
-        for offset in range(size if size is not None else 1):
-            whole = size is None
-            one = feeds if whole else {n: a[offset : offset + 1] for n, a in feeds.items()}
-            self._index += 1
-            if self._index % self.EVERY == 0 and len(self.held.samples) < self._hold_back:
-                self.held.add(one)
-            else:
-                self.kept.add(one)
-                stay.append(offset)
         if size is None:
-            return feeds if stay else None
+            dropped = self._offer(feeds)
+            return [] if dropped is None else [dropped]
+        stay, returned = [], []
+        for offset in range(size):
+            one = {name: array[offset : offset + 1] for name, array in feeds.items()}
+            dropped = self._offer(one)
+            if dropped is one:
+                stay.append(offset)
+            elif dropped is not None:
+                returned.append(dropped)
         if len(stay) == size:
-            return feeds
-        return {name: array[stay] for name, array in feeds.items()} if stay else None
+            return [feeds]
+        rest = [{name: array[stay] for name, array in feeds.items()}] if stay else []
+        return [*rest, *returned]
+
+    def _offer(self, sample: Feeds) -> Feeds | None:
+        """Which sample to calibrate on after this one came: this one, an older one, or none."""
+        self._index += 1
+        dropped = self.held.add(sample) if self._index % self.EVERY == 0 else sample
+        if dropped is not None:
+            self.kept.add(dropped)
+        return dropped

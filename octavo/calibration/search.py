@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from octavo.calibration.bias_correction import correct_biases
 from octavo.calibration.judge import Judge, Score
-from octavo.calibration.observers import OBSERVERS, choose_range
+from octavo.calibration.observers import OBSERVERS, choose_range, observed_ranges
 from octavo.calibration.statistics import TensorStatistics
 from octavo.core.arrays import Array, Float32
 from octavo.core.progress import Progress
@@ -22,7 +22,7 @@ from octavo.export.placement import Placement
 from octavo.export.qdq import QuantSpec
 from octavo.quant import QParams
 
-__all__ = ["Candidate", "Search", "observed_ranges"]
+__all__ = ["Candidate", "Search"]
 
 REFINED_TENSORS = 4
 EQUALIZED = (1, 3)
@@ -46,25 +46,6 @@ class Candidate:
     name: str
     spec: QuantSpec
     observers: Mapping[str, str] = field(default_factory=dict)
-
-
-def observed_ranges(
-    statistics: Mapping[str, TensorStatistics],
-    groups: Sequence[Sequence[str]],
-    observer: str,
-    dtype: str,
-) -> dict[str, QParams]:
-    """What one observer makes of every tensor; tensors of a group get the widest range in it."""
-    ranges = {
-        name: OBSERVERS[observer].range(seen, dtype) if seen.count else (0.0, 0.0)
-        for name, seen in statistics.items()
-    }
-    for group in groups:
-        known = [ranges[name] for name in group if name in ranges]
-        if known:
-            widest = min(low for low, _ in known), max(high for _, high in known)
-            ranges.update({name: widest for name in group if name in ranges})
-    return {name: choose_range(ends, dtype) for name, ends in ranges.items()}
 
 
 class Search:

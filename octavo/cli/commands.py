@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -259,13 +261,13 @@ def _load(
     return load_data(path, specs, preset=preset, batch_size=batch_size, limit=limit)
 
 
-def _share(batches: Batches) -> list[Any] | Batches:
+def _share(batches: Batches) -> Iterable[Any]:
     """This process's share of the batches, under torchrun; else all of them."""
     from octavo.calibration.distributed import rank, world_size
 
     if world_size() == 1:
         return batches
-    return [batch for index, batch in enumerate(batches) if index % world_size() == rank()]
+    return itertools.islice(batches, rank(), None, world_size())
 
 
 def _load_labels(path: Path) -> Any:

@@ -51,7 +51,7 @@ def load_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
             is left as it is.
 
     Raises:
-        ArtifactError: there is no such file, or it is not an ONNX model.
+        ArtifactError: there is no such file, or it is not a valid ONNX model.
         ExportError: the model cannot be lifted to an opset that has Q/DQ.
     """
     if isinstance(source, ir.Model):
@@ -80,10 +80,12 @@ def prepare(model: ir.Model) -> ir.Model:
     that are listed as inputs too, as old exporters do, become constants.
 
     Raises:
+        ArtifactError: a node breaks ONNX's rules, or reads a tensor that nothing makes.
         ExportError: the opset is too old to be lifted.
     """
     from onnxscript import optimizer, rewriter
 
+    _check_nodes(model)
     model = _lift_opset(model)
     graph = model.graph
     graph.inputs[:] = [value for value in graph.inputs if value.name not in graph.initializers]
@@ -230,6 +232,35 @@ def _spec(value: ir.Value) -> TensorSpec:
             unknown = f"{value.name}.axis{index}" if index else "axis0"
             axes.append(axis.value if axis.value is not None else unknown)
     return TensorSpec(value.name or "", tuple(axes), str(value.dtype.numpy()))
+
+
+def _check_nodes(model: ir.Model) -> None:
+    """Refuses nodes that break ONNX's rules, before they make anything else stumble.
+
+    onnx.checker's check of the whole model would also refuse what engines accept, such as outputs
+    without a shape.
+    """
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version or MINIMUM_IR
+    context.opset_imports = dict(model.opset_imports)
+    graph = model.graph
+    known = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph:
+        label = f"node {node.name or node.op_type!r}"
+        for value in node.inputs:
+            if value is not None and value.producer() is None and id(value) not in known:
+                raise ArtifactError(
+                    f"the ONNX model is broken: {label} reads {value.name!r}, which nothing makes; "
+                    "export it again"
+                )
+        if any(value.type == ir.AttributeType.GRAPH for value in node.attributes.values()):
+            continue  # its inner nodes read tensors of this graph, which the checker does not know
+        try:
+            onnx.checker.check_node(ir.to_proto(node), context)
+        except onnx.checker.ValidationError as error:
+            raise ArtifactError(
+                f"the ONNX model is broken at {label}: {_first_line(error)}; export it again"
+            ) from error
 
 
 def _lift_opset(model: ir.Model) -> ir.Model:

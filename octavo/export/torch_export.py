@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from octavo.core.errors import ExportError, InputError
@@ -51,13 +54,15 @@ def export_torch(
             batch dynamic.
 
     Raises:
-        InputError: no tensor among the example inputs.
+        InputError: no tensor among the example inputs, or not the arguments of its forward.
         ExportError: torch cannot export the module; the message holds torch's reason.
     """
     args, kwargs = _split_inputs(example_inputs)
     args, kwargs, shapes = _two_samples(args, kwargs) if dynamic_batch else (args, kwargs, None)
+    _check_arguments(module, args, kwargs)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _row_major, (args, kwargs))
     try:
-        with evaluation_mode(module), _quiet(), torch.no_grad():
+        with evaluation_mode(module), _contiguous(module), _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 args,
@@ -86,6 +91,32 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for name, part in module.named_modules():
             part.training = training[name]
+
+
+@contextlib.contextmanager
+def _contiguous(module: nn.Module) -> Iterator[None]:
+    """Lays parameters and buffers out in the order of their axes, and back after.
+
+    Where strides are others (channels_last), torch.export turns a plain reshape into arithmetic
+    on strides, which no engine runs in INT8.
+    """
+    kept = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        for tensor, data in kept:
+            tensor.data = _row_major(data)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values; `contiguous` would leave the strides of axes of length 1 as they are."""
+    strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
+    if tensor.layout != torch.strided or list(tensor.stride()) == strides:
+        return tensor
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return plain.copy_(tensor.detach())
 
 
 def module_ports(model: ir.Model) -> dict[str, str]:
@@ -138,6 +169,21 @@ def _split_inputs(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise InputError(
         f"example_inputs is a {type(example).__name__}; give a tensor, a tuple or a dict of tensors"
     )
+
+
+def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # compiled code has none; torch.export will say what is wrong
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"{type(module).__name__}.forward{signature} cannot take these inputs: {error}; if a "
+            "part of each batch is the labels, leave it out, as in "
+            "(images for images, labels in loader)"
+        ) from error
 
 
 def _two_samples(

@@ -359,3 +359,20 @@ def test_a_module_called_twice_in_a_batch_is_seen_twice() -> None:
         module(torch.ones(2, 4))
     (statistics,) = collector.statistics.values()
     assert (statistics.count, statistics.batches) == (16, 1)
+
+
+def test_a_table_needs_every_port_to_be_seen() -> None:
+    module = Small()
+    with TorchCollector(module) as collector:
+        with pytest.raises(
+            CalibrationError, match=r"nothing was seen of 'conv\.input'; run batches"
+        ):
+            collector.table()
+        module(torch.ones(2, 3, 8, 8))
+    assert collector.table("mse", "uint8").samples == 2
+
+
+@pytest.mark.parametrize(("observer", "dtype"), [("auto", "int8"), ("median", "int8"), ("mse", "")])
+def test_tables_that_hooks_cannot_make(observer: str, dtype: str) -> None:
+    with pytest.raises(InputError, match="choose one of minmax, moving-average"):
+        TorchCollector(Small()).table(observer, dtype)

@@ -527,3 +527,21 @@ def test_a_part_of_a_model_shares_weights_and_leaves_the_whole_alone() -> None:
     np.testing.assert_array_equal(run(tail, {first: middle})[0], run(model, feeds)[0])
     assert fingerprint(model) == mark
     assert [str(spec) for spec in output_specs(tail)] == [f"{second}: float32[n, 4, 8, 8]"]
+
+
+def test_a_node_without_its_inputs_is_refused() -> None:
+    broken = Net(x=["batch", 3, 8, 8])
+    broken.op("Conv", "x", out="y")
+    for source in (proto := broken.build("y", infer=False), ir.from_proto(proto)):
+        with pytest.raises(
+            ArtifactError, match=r"broken at node 'Conv'.* input size 1 not in range"
+        ):
+            load_onnx(source)
+
+
+def test_a_tensor_that_nothing_makes_is_refused(tmp_path: Path) -> None:
+    broken = Net(x=["batch", 3])
+    broken.op("Add", "x", "lost", out="y")
+    onnx.save(broken.build("y", infer=False), tmp_path / "broken.onnx")
+    with pytest.raises(ArtifactError, match=r"node 'Add' reads 'lost', which nothing makes"):
+        load_onnx(tmp_path / "broken.onnx")

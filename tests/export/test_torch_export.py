@@ -294,10 +294,47 @@ def test_control_flow_on_data_is_refused() -> None:
         export_torch(DataDependent(), torch.randn(2, 4))
 
 
+class Pooled(nn.Module):
+    """A reshape after a pool, as classifiers end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.point(torch.relu(self.stem(x))))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("what", ["weights", "input"])
+def test_channels_last_gives_the_same_graph(what: str) -> None:
+    module, example = Pooled().eval(), torch.randn(2, 3, 8, 8)
+    expected = fingerprint(export_torch(module, example).model)
+    if what == "weights":
+        module = module.to(memory_format=torch.channels_last)
+    else:
+        example = example.to(memory_format=torch.channels_last)
+    assert fingerprint(export_torch(module, example).model) == expected
+    if what == "weights":
+        assert module.stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("example", [5, "text", None])
 def test_examples_that_are_no_inputs(example: Any) -> None:
     with pytest.raises(InputError, match="give a tensor, a tuple or a dict"):
         export_torch(Sum(), example)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [(torch.ones(2, 3, 8, 8), torch.ones(2)), {"picture": torch.ones(2, 3, 8, 8)}],
+    ids=["labels", "name"],
+)
+def test_inputs_that_forward_does_not_take(example: Any) -> None:
+    with pytest.raises(InputError, match=r"Pooled\.forward\(x.* cannot take .* is the labels"):
+        export_torch(Pooled(), example)
 
 
 @pytest.mark.parametrize("example", [(), {}, ("text", 3)])

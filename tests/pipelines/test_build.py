@@ -13,7 +13,7 @@ from tiny_models import cnn, cnn_artifact, cnn_table, fake_artifact, gated, imag
 from torch import nn
 
 import octavo
-from octavo.calibration import CalibrationTable
+from octavo.calibration import CalibrationTable, TorchCollector
 from octavo.core.errors import (
     ArtifactError,
     CalibrationError,
@@ -156,6 +156,29 @@ def test_the_table_of_a_module_serves_its_onnx_and_the_other_way_round(net: Net)
     np.testing.assert_array_equal(quick(graph, calibration=table)(X), engine(X))
 
 
+def test_a_table_collected_with_hooks_builds_an_engine() -> None:
+    net, other = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+        for head in (nn.Linear(8, 4), nn.Linear(8, 4))
+    )
+    with TorchCollector(net, ["0.input", "1.output", "4.input"]) as collector, torch.no_grad():
+        for part in (X[:6], X[6:]):
+            net(torch.as_tensor(part))
+    table = collector.table()
+    assert table.samples == len(X)
+    expected = calibrate(net, [X[:6], X[6:]], observer="minmax", verbose=False)
+    known = {port: entry for entry in expected.tensors.values() for port in entry.aliases}
+    for port, entry in table.tensors.items():
+        assert entry.scale == pytest.approx(known[port].scale, rel=1e-5)  # sums in another order
+    engine = quick(net, calibration=table, example_inputs=torch.as_tensor(X[:2]))
+    assert engine.layers().counts()["int8"] >= 2
+    with torch.no_grad():
+        reference = net(torch.as_tensor(X)).numpy()
+    assert sqnr_db(reference, engine(X)) > 25
+    with pytest.raises(CalibrationError, match="this table belongs to another model"):
+        quick(other, calibration=table, example_inputs=torch.as_tensor(X[:2]))
+
+
 def test_a_module_is_exported_and_calibrated_with_the_same_batches(net: Net) -> None:
     assert quick(net, calibration=iter([X[:6], X[6:]])).layers().counts()["int8"] >= 2
 
@@ -213,7 +236,7 @@ def test_building_leaves_logging_alone(net: Net) -> None:
         ),
         ({"example_inputs": X[:, :1]}, InputError, r"example_inputs: input 'x' has shape"),
         ({"profiles": {"y": [X.shape] * 3}}, InputError, "a profile names input 'y', the model"),
-        ({"profiles": {"x": [X.shape] * 2}}, InputError, r"three shapes \(min, opt, max\), not 2"),
+        ({"profiles": {"x": [X.shape] * 2}}, InputError, r"is not three shapes; give"),
         ({"profiles": {"x": [(1, 3, 8)] * 3}}, InputError, "does not fit x: float32"),
         (
             {"profiles": {"x": [(1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 9, 9)]}},

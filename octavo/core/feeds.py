@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from octavo.core.errors import InputError
 from octavo.core.results import TensorSpec
 
 __all__ = ["as_feeds", "batch_size", "check_array", "split_batch", "to_numpy"]
+
+_name = functools.cache(str)
+"""numpy puts a dtype's name together anew each time, which a call of an engine can feel."""
 
 
 def as_feeds(batch: Any, specs: Sequence[TensorSpec], where: str) -> dict[str, Array]:
@@ -48,9 +52,11 @@ def as_feeds(batch: Any, specs: Sequence[TensorSpec], where: str) -> dict[str, A
                 "(images for images, labels in loader)"
             )
         given = dict(zip(names, parts, strict=True))
-    feeds = {
-        spec.name: to_numpy(given[spec.name], f"{where}, input {spec.name!r}") for spec in specs
-    }
+    feeds = {}
+    for name in names:
+        value = given[name]
+        plain = type(value) is np.ndarray
+        feeds[name] = value if plain else to_numpy(value, f"{where}, input {name!r}")
     lengths: dict[str, int] = {}
     for spec in specs:
         check_array(spec, feeds[spec.name], where)
@@ -69,7 +75,7 @@ def check_array(spec: TensorSpec, array: Array, where: str) -> None:
     Raises:
         InputError: the dtype or the shape does not fit.
     """
-    if str(array.dtype) != spec.dtype:
+    if _name(array.dtype) != spec.dtype:
         raise InputError(
             f"{where}: input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}; "
             f"convert it with .astype({spec.dtype!r}) or .to(torch.{spec.dtype})"

@@ -8,7 +8,9 @@ there. This module rewrites one into the other without changing a single code:
 * quantization is monotone, so quantizing a clamp is clamping the codes:
   Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b));
 * int8 with zero point z is uint8 with zero point z + 128, every code moved by 128;
-* biases already lie on the grid of the accumulator (see `weights`), so int32 holds them exactly.
+* biases already lie on the grid of the accumulator (see `weights`), so int32 holds them exactly;
+* a channel of zero weights adds nothing, and lets the first convolution of a picture take the
+  kernel for channels that come in fours.
 """
 
 from __future__ import annotations
@@ -88,14 +90,15 @@ def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
             _fold_weight(copy, node)
         elif node.op_type in ("Conv", "Gemm"):
             _integer_bias(copy, node)
+    for node in [node for node in copy.graph if node.op_type == "QuantizeLinear"]:
+        _retype(copy, node.inputs[2], form.activation, node)
+    for node in [node for node in copy.graph if node.op_type == "DequantizeLinear"]:
+        source = node.inputs[0]
+        constant = source is not None and source.is_initializer()
+        _retype(copy, node.inputs[2], form.weight if constant else form.activation, node)
     for node in list(copy.graph):
-        if node.op_type == "QuantizeLinear":
-            _retype(copy, node.inputs[2], form.activation, node)
-    for node in list(copy.graph):
-        if node.op_type == "DequantizeLinear":
-            source = node.inputs[0]
-            constant = source is not None and source.is_initializer()
-            _retype(copy, node.inputs[2], form.weight if constant else form.activation, node)
+        if node.op_type == "Conv" and (node.name or "") not in float_layers:
+            _four_channels(copy, node)
     common.RemoveUnusedNodesPass()(copy)
     return LoweredModel(copy, float_layers)
 
@@ -213,6 +216,36 @@ def _fold_weight(model: ir.Model, node: ir.Node) -> None:
         scale = scale.reshape([-1 if index == axis else 1 for index in range(codes.ndim)])
     real = (codes.astype(np.float32) * scale).astype(np.float32)
     node.replace_input_with(1, initializer(model, f"{value.name}.float", real))
+
+
+def _four_channels(model: ir.Model, node: ir.Node) -> None:
+    """Gives a convolution of three channels a fourth one, a copy whose weights are zero.
+
+    The kernel for channels in fours needs no im2col and takes half the time; copying codes costs
+    little beside that. It also wants output channels in sixteens.
+    """
+    source, weight = (value.producer() if value is not None else None for value in node.inputs[:2])
+    if source is None or weight is None or len(list(source.outputs[0].uses())) != 1:
+        return
+    codes, kernel = source.inputs[0], weight.inputs[0]
+    if codes is None or kernel is None or kernel.const_value is None or codes.shape is None:
+        return
+    filters = kernel.const_value.numpy()
+    if filters.dtype != np.int8 or filters.shape[0] % 16 or filters.shape[1] != 3:
+        return
+    if source.op_type != "DequantizeLinear" or node.attributes.get_int("group", 1) != 1:
+        return
+    planes = initializer(model, "octavo.four_channels", np.array([0, 1, 2, 2], dtype=np.int64))
+    gather = ir.node("Gather", [codes, planes], {"axis": 1}, name=f"Gather:{codes.name}")
+    gather.outputs[0].name = f"{codes.name}.four"
+    gather.outputs[0].type = codes.type
+    gather.outputs[0].shape = ir.Shape([*codes.shape[:1], 4, *codes.shape[2:]])
+    model.graph.insert_before(source, gather)
+    source.replace_input_with(0, gather.outputs[0])
+    source.outputs[0].shape = gather.outputs[0].shape
+    wider = np.concatenate([filters, np.zeros_like(filters[:, :1])], axis=1)
+    weight.replace_input_with(0, initializer(model, f"{kernel.name}.four", wider))
+    weight.outputs[0].shape = ir.Shape(wider.shape)
 
 
 def _retype(model: ir.Model, zero_point: ir.Value | None, target: str, node: ir.Node) -> None:

@@ -1,9 +1,10 @@
 """The quantized model in PyTorch, with the integers that an engine has.
 
 Quantized layers accumulate codes exactly and apply the scales once, in float32, as integer kernels
-do: y = round(float32(accumulator) * (scale_x * scale_w / scale_y)) * scale_y. A simulation that
-multiplies real numbers instead rounds a few values in a million the other way, and a deep network
-amplifies that until whole decibels of the comparison are its own noise.
+do: y = round(float32(accumulator) * (scale_x * scale_w / scale_y)) * scale_y. Residual additions
+are rounded as those of ONNX Runtime on x86 are. A simulation that computes with real numbers
+instead rounds a few values in a million the other way, and a deep network amplifies that until
+whole decibels of the comparison are its own noise.
 """
 
 from __future__ import annotations
@@ -118,6 +119,36 @@ class IntegerLayer(nn.Module):
         return values.reshape(shape)
 
 
+class IntegerAdd(nn.Module):
+    """A residual addition on uint8 codes, with two fused multiply-adds in float32.
+
+    y = round(a * s_a / s_y + (b * s_b / s_y + offset)), where the offset gathers the zero points.
+
+    Args:
+        left: how the first input is quantized.
+        right: how the second one is.
+        target: how the output will be.
+    """
+
+    def __init__(self, left: QParams, right: QParams, target: QParams) -> None:
+        super().__init__()
+        self.left, self.right, self.target = left, right, target
+        self.ratios = left.scale / target.scale, right.scale / target.scale
+        zeros = [_to_uint8(q) + q.zero_point.float() for q in (left, right, target)]
+        self.zero = zeros[2]
+        self.offset = zeros[2] - (self.ratios[0] * zeros[0] + self.ratios[1] * zeros[1])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Float32 in, float32 out."""
+        codes = [
+            quantize(value, qparams).double() + _to_uint8(qparams)
+            for value, qparams in ((x, self.left), (y, self.right))
+        ]
+        inner = (codes[1] * self.ratios[1].double() + self.offset.double()).float()
+        total = (codes[0] * self.ratios[0].double() + inner.double()).float()
+        return (torch.round(total) - self.zero) * self.target.scale
+
+
 class FakeQuantize(nn.Module):
     """A Q/DQ pair."""
 
@@ -146,6 +177,8 @@ class _Simulator:
         for index, layer in enumerate(layers):
             if layer.weight is not None:
                 self._replace_layer(f"octavo_layer_{index}", layer)
+            elif layer.op == "Add" and self._target(self.values[layer.output]) is not None:
+                self._replace_add(f"octavo_layer_{index}", layer)
             else:
                 self._quantize_inputs(f"octavo_input_{index}", layer)
         for index, (name, qparams) in enumerate(self.activations.items()):
@@ -190,24 +223,41 @@ class _Simulator:
             target=self._target(self.values[output.name]),
             channel_axis=1 if layer.op in ("Conv", "ConvTranspose") else -1,
         )
+        self._replace(name, module, output, (arguments[0],))
+
+    def _replace_add(self, name: str, layer: QuantizedLayer) -> None:
+        target = self._target(self.values[layer.output])
+        left, right = (self.activations[source] for source in layer.activations)
+        if target is None:
+            raise ExportError(f"the output of {layer.name} has no scale")
+        sources = tuple(self._origin(source) for source in layer.activations)
+        self._replace(name, IntegerAdd(left, right, target), self._named(layer), sources)
+
+    def _replace(
+        self, name: str, module: nn.Module, node: fx.Node, sources: tuple[Any, ...]
+    ) -> None:
         self.module.add_submodule(name, module)
-        with self.module.graph.inserting_before(output):
-            call = self.module.graph.call_module(name, (arguments[0],))
-        output.replace_all_uses_with(call)
-        self.module.graph.erase_node(output)
+        with self.module.graph.inserting_before(node):
+            call = self.module.graph.call_module(name, sources)
         # later lookups by the tensor's name must find the new node
-        self.nodes[output.name] = call
+        self.nodes[node.name] = call
+        node.replace_all_uses_with(call)
+        self.module.graph.erase_node(node)
 
     def _quantize_inputs(self, name: str, layer: QuantizedLayer) -> None:
         node = self._named(layer)
         for index, source in enumerate(layer.activations):
-            if source not in self.nodes:
-                raise ExportError(f"tensor {source!r} is not in the exported program")
-            origin = self.nodes[source]
+            origin = self._origin(source)
             self.module.add_submodule(f"{name}_{index}", FakeQuantize(self.activations[source]))
             with self.module.graph.inserting_before(node):
                 call = self.module.graph.call_module(f"{name}_{index}", (origin,))
             node.replace_input_with(origin, call)
+
+    def _origin(self, tensor: str) -> fx.Node:
+        if tensor not in self.nodes:
+            raise ExportError(f"tensor {tensor!r} is not in the exported program")
+        node: fx.Node = self.nodes[tensor]
+        return node
 
     def _quantize_everywhere(self, name: str, node: fx.Node, qparams: QParams) -> None:
         users = [user for user in node.users if user.op != "output"]
@@ -251,3 +301,8 @@ class _Simulator:
         if bias is None or bias.const_value is None:
             return weight.const_value.numpy(), None
         return weight.const_value.numpy(), bias.const_value.numpy()
+
+
+def _to_uint8(qparams: QParams) -> float:
+    """What to add to a code to make it unsigned."""
+    return 128.0 if qparams.dtype.symmetric else 0.0

@@ -73,7 +73,7 @@ def crops(photos: tuple[str, ...], count: int, seed: int) -> Float32:
             crop = crop[:, ::-1]
         pixels: Array = resize(crop, (SIZE, SIZE), preserve_range=True, anti_aliasing=True)
         found.append(((pixels - 127) / 128).transpose(2, 0, 1).astype(np.float32))
-    return np.stack(found)
+    return np.ascontiguousarray(np.stack(found))  # stacking keeps the strides of the transpose
 
 
 def _photo(name: str) -> Array:

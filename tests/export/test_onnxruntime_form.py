@@ -325,3 +325,20 @@ def test_any_chain_of_clamps(
     for form in FORMS:
         lowered = lower_for_onnxruntime(portable, form).model
         np.testing.assert_array_equal(run(lowered, feeds)[0], run(portable, feeds)[0])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("channels", "filters"), [(3, 16), (3, 8), (1, 16)])
+def test_a_pictures_three_channels_get_a_fourth(
+    form: KernelForm, channels: int, filters: int
+) -> None:
+    net = Net(x=["batch", channels, 9, 9])
+    y = net.op("Relu", net.conv("x", filters, channels))
+    _, qdq, _ = quantized(net.build(net.conv(y, 4, filters)))
+    lowered = lower_for_onnxruntime(qdq.model, form).model
+    assert ops(lowered).count("Gather") == (
+        channels == 3 and filters == 16 and form.weight == "int8"
+    )
+    feeds = feeds_for(qdq.model, batch=3)
+    for found, expected in zip(run(lowered, feeds), run(qdq.model, feeds), strict=True):
+        np.testing.assert_array_equal(found, expected)

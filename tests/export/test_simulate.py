@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from conftest import Lite0
+from tiny_graphs import Net as Graph
 from torch import nn
 
 from octavo.calibration import CalibrationOptions, CalibrationTable, calibrate_graph
@@ -14,14 +13,15 @@ from octavo.export import (
     TorchExport,
     export_torch,
     kernel_form,
+    load_onnx,
     lower_for_onnxruntime,
     make_session,
     place,
     quantize_graph,
 )
 from octavo.export.qdq import QuantSpec
-from octavo.export.simulate import simulate
-from octavo.quant import sqnr_db
+from octavo.export.simulate import IntegerAdd, simulate
+from octavo.quant import QTYPES, QParams, fake_quantize, sqnr_db
 
 
 class Net(nn.Module):
@@ -111,10 +111,42 @@ def test_a_program_of_another_graph_is_refused(
 
 @pytest.mark.slow
 def test_efficientnet_agrees_with_onnx_runtime(lite0: Lite0, lite0_table: CalibrationTable) -> None:
-    """Done when: at least 35 dB at the output on real crops. It is every bit, in fact."""
+    """At least 35 dB at the output on real crops; it was bit for bit wherever it was tried."""
     spec = lite0_table.spec(place(lite0.exported.model).tensors)
     samples = lite0.evaluation[:16]
     simulated = simulate(lite0.exported, spec)(torch.from_numpy(samples))
     parity = sqnr_db(simulated, run_integers(lite0.exported, spec, samples))
     assert parity >= 35
-    assert math.isinf(parity) or parity > 35
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("seed", range(20))
+def test_additions_round_as_onnx_runtimes_do(dtype: str, seed: int) -> None:
+    """All 65,536 pairs of codes; ties and near-ties are where real numbers would differ."""
+    random = np.random.default_rng(seed)
+    scales = random.choice([1, 3, 25, 77, 101], 3) * 2.0 ** random.integers(-9, -5, 3)
+    zeros = random.integers(0, 256, 3) if dtype == "uint8" else np.zeros(3)
+    left, right, target = (
+        QParams(torch.tensor(s).float(), torch.tensor(int(z)).int(), QTYPES[dtype])
+        for s, z in zip(scales, zeros, strict=True)
+    )
+    net = Graph(x=[65536], y=[65536])
+    names = []
+    for name, q in (("x", left), ("y", right), ("z", target)):
+        shift = 128 if dtype == "int8" else 0
+        zero = np.array(int(q.zero_point) + shift, dtype=np.uint8)
+        names.append((net.const(f"{name}s", q.scale.numpy()), net.const(f"{name}z", zero)))
+    pairs = [
+        net.op("DequantizeLinear", net.op("QuantizeLinear", n, *names[i]), *names[i])
+        for i, n in enumerate("xy")
+    ]
+    codes = net.op("QuantizeLinear", net.op("Add", *pairs), *names[2])
+    net.op("DequantizeLinear", codes, *names[2], out="out")
+    low = QTYPES[dtype].qmin
+    grid = torch.cartesian_prod(*[torch.arange(low, low + 256)] * 2).float()
+    x, y = (grid[:, i] - q.zero_point for i, q in enumerate((left, right)))
+    x, y = x * left.scale, y * right.scale
+    session = make_session(load_onnx(net.build("out")))
+    expected = session.run(None, {"x": x.numpy(), "y": y.numpy()})[0]
+    found = fake_quantize(IntegerAdd(left, right, target)(x, y), target)
+    np.testing.assert_array_equal(found.numpy(), expected)

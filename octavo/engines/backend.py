@@ -106,9 +106,16 @@ DEFAULT_OPTIONS = RunOptions()
 
 
 class Backend(Protocol):
-    """A way to build and run engines."""
+    """A way to build and run engines.
+
+    Attributes:
+        name: what callers and engine files call it.
+        activations: the type of activations it is most exact and fastest with; calibration takes
+            it where `build` is given data.
+    """
 
     name: str
+    activations: str
 
     def missing(self) -> str:
         """Why it cannot be used here and how to change that; empty if it can."""

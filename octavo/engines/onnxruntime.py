@@ -53,6 +53,7 @@ class OnnxRuntimeBackend:
     """Builds and opens engines for ONNX Runtime's CPU provider."""
 
     name = "onnxruntime"
+    activations = "uint8"
 
     def missing(self) -> str:
         """Nothing: ONNX Runtime is a dependency of Octavo."""

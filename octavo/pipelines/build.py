@@ -63,7 +63,9 @@ def build(
         example_inputs: what to export a module with and to derive profiles from; by default the
             first batch of the calibration data.
         calibration: for the INT8 precisions: batches of real data, a CalibrationTable, or the
-            path of a table (.json) or of data (.npz, .npy, .safetensors).
+            path of a table (.json) or of data (.npz, .npy, .safetensors). From data the table is
+            made with the activations that suit the backend: affine uint8 for ONNX Runtime,
+            symmetric int8 for TensorRT.
         backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
         precision: "float32", "float16", "int8" (the rest in float32) or "int8+float16".
         profiles: input name -> (min, opt, max) shapes, for backends that tune to shapes.
@@ -92,7 +94,8 @@ def build(
     _check_profiles(source, shapes)
     table = None
     if precision.startswith("int8") and calibration is not None:
-        table = _table(source, calibration, shown, verbose)
+        options = CalibrationOptions(dtype=chosen.activations)
+        table = _table(source, calibration, options, shown, verbose)
     request = BuildRequest(
         model=source.graph,
         quantized=None if table is None else _quantize(source, table, precision),
@@ -159,7 +162,11 @@ def _checked_backend(
 
 
 def _table(
-    source: ModelSource, calibration: Calibration, progress: Progress, verbose: bool
+    source: ModelSource,
+    calibration: Calibration,
+    options: CalibrationOptions,
+    progress: Progress,
+    verbose: bool,
 ) -> CalibrationTable:
     """The table as given, or made from data; it must belong to this model."""
     if isinstance(calibration, (str, os.PathLike)) and Path(calibration).suffix == ".json":
@@ -167,7 +174,7 @@ def _table(
     if isinstance(calibration, CalibrationTable):
         calibration.check_model(source.fingerprint)
         return calibration
-    return calibrate_source(source, calibration, CalibrationOptions(), progress, verbose)
+    return calibrate_source(source, calibration, options, progress, verbose)
 
 
 def _quantize(source: ModelSource, table: CalibrationTable, precision: str) -> QdqModel:

@@ -132,6 +132,8 @@ def test_data_and_tables_may_be_files(tmp_path: Path) -> None:
     assert one.artifact == two.artifact == three.artifact
     assert one.manifest.calibration is not None
     assert from_data.precision == "int8"
+    chosen = CalibrationTable.loads(from_data.artifact.members["table.json"])
+    assert {entry.dtype for entry in chosen.tensors.values()} == {"uint8"}, "as ONNX Runtime likes"
 
 
 def test_the_table_of_an_engine_builds_it_again() -> None:

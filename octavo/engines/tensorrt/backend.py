@@ -29,6 +29,7 @@ class TensorRTBackend:
     """Builds and opens engines of TensorRT 10 and 11."""
 
     name = "tensorrt"
+    activations = "int8"
 
     def missing(self) -> str:
         """What is missing: the package, or a GPU."""

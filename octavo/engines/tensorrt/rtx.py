@@ -23,6 +23,7 @@ class TensorRTRtxBackend:
     """Builds and opens engines of TensorRT for RTX."""
 
     name = "tensorrt-rtx"
+    activations = "int8"
 
     def missing(self) -> str:
         """What is missing: the package. A GPU is needed to run its engines, not to build them."""

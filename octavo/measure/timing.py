@@ -11,7 +11,7 @@ from octavo.core.errors import InputError
 from octavo.core.progress import NoProgress, Progress
 from octavo.core.results import LatencyMs
 
-__all__ = ["interleaved_latency"]
+__all__ = ["interleaved_latency", "summarize"]
 
 
 def interleaved_latency(
@@ -62,9 +62,10 @@ def interleaved_latency(
                     wait()
                     seconds[name].append(time.perf_counter() - start)
             advance(1)
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: summarize(values) for name, values in seconds.items()}
 
 
-def _summary(seconds: list[float]) -> LatencyMs:
+def summarize(seconds: list[float]) -> LatencyMs:
+    """20th, 50th and 80th percentile of calls, in milliseconds."""
     p20, p50, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
     return LatencyMs(float(p20), float(p50), float(p80), len(seconds))

@@ -24,15 +24,15 @@ from octavo.core.results import EngineResult, Report
 from octavo.engines import Engine, Profile, get_backend
 from octavo.export import input_specs, place
 from octavo.export.simulate import simulate
-from octavo.measure import interleaved_latency
+from octavo.measure import isolated_latency
 from octavo.pipelines import demo_data
-from octavo.pipelines.build import build
+from octavo.pipelines.build import build, load
 from octavo.pipelines.calibrate import calibrate_source
 from octavo.pipelines.compare import module_size
 from octavo.pipelines.sources import ModelSource, resolve_model
 from octavo.quant import accuracy, sqnr_db
 
-__all__ = ["DemoResult", "run_demo", "write_report"]
+__all__ = ["DemoResult", "eager_call", "run_demo", "write_report"]
 
 CALIBRATION_CROPS = 96
 EVALUATION_CROPS = 120
@@ -144,7 +144,6 @@ def _add(
     targets: tuple[str, ...] = (),
 ) -> None:
     """Builds an engine, saves it, and measures its accuracy where this machine can run it."""
-    slug = name.lower().replace(",", "").replace(" ", "-")
     try:
         engine = build(
             bench.source,
@@ -153,7 +152,7 @@ def _add(
             precision=precision,
             profiles=None if backend == "onnxruntime" else _profiles(bench),
             targets=targets,
-            output=bench.folder / f"{slug}.octavo",
+            output=bench.folder / f"{_slug(name)}.octavo",
             progress=bench.progress,
             verbose=False,
         )
@@ -176,6 +175,10 @@ def _add(
             layer_report=report,
         )
     )
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def _add_tensorrt(bench: _Workbench, table: CalibrationTable) -> None:
@@ -228,29 +231,17 @@ def _check_parity(bench: _Workbench, table: CalibrationTable) -> None:
 
 
 def _measure_latency(bench: _Workbench) -> EngineResult:
-    """Times PyTorch and every engine in turn, one crop a call."""
+    """Times PyTorch and every engine in turn, each in its own process, one crop a call."""
     sample = bench.evaluation[:1]
-    tensor = torch.from_numpy(sample)
-
-    def eager(module: torch.nn.Module, x: torch.Tensor) -> Array:
-        with torch.inference_mode():
-            output: Array = module(x).numpy()
-            return output
-
-    # the memory layout that convolutions on a CPU like best, for those who know of it
-    strided: Any = copy.deepcopy(bench.module)  # its stub does not know memory formats
-    strided.to(memory_format=torch.channels_last)
-    layout = functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
-    samples = layout(torch.from_numpy(bench.evaluation))
-    parts = range(0, len(samples), BATCH)
-    outputs = np.concatenate([eager(strided, samples[i : i + BATCH]) for i in parts])
-    calls: dict[str, Callable[[], object]] = {
-        "baseline": lambda: eager(bench.module, tensor),
-        CHANNELS_LAST: lambda: eager(strided, samples[:1]),
+    makers: dict[str, Callable[[], Callable[[], object]]] = {
+        "baseline": functools.partial(eager_call, sample, torch.contiguous_format),
+        CHANNELS_LAST: functools.partial(eager_call, sample, torch.channels_last),
     }
-    for name, engine in bench.engines.items():
-        calls[name] = _caller(engine, sample)
-    latency = interleaved_latency(calls, rounds=20, progress=bench.progress)
+    for name in bench.engines:
+        makers[name] = functools.partial(
+            _engine_call, bench.folder / f"{_slug(name)}.octavo", sample
+        )
+    latency = isolated_latency(makers, progress=bench.progress)
     leaves = [m for m in bench.module.modules() if not list(m.children())]
     computing = sum(1 for m in leaves if list(m.parameters(recurse=False)))
     baseline = EngineResult(
@@ -262,13 +253,38 @@ def _measure_latency(bench: _Workbench) -> EngineResult:
         accuracy(bench.reference, bench.reference),
         layers={"float32": computing},
     )
+    outputs = _eager(_laid_out(bench.module, torch.channels_last), bench.evaluation, bench.progress)
     rival = replace(baseline, name=CHANNELS_LAST, accuracy=accuracy(bench.reference, outputs))
     bench.results = [replace(r, latency_ms=latency.get(r.name)) for r in (rival, *bench.results)]
     return baseline
 
 
-def _caller(engine: Engine, sample: Float32) -> Callable[[], object]:
-    return lambda: engine(sample)
+def _laid_out(module: Any, layout: torch.memory_format) -> torch.nn.Module:
+    """A copy whose weights lie in memory as asked for; channels_last suits a CPU's convolutions."""
+    copied: torch.nn.Module = copy.deepcopy(module).to(memory_format=layout)
+    return copied
+
+
+def eager_call(sample: Float32, layout: torch.memory_format) -> Callable[[], object]:
+    """What one process runs: the network in PyTorch, on one crop.
+
+    Args:
+        sample: float32 [1, 3, 224, 224].
+        layout: torch.contiguous_format, or torch.channels_last.
+    """
+    module = _laid_out(demo_data.efficientnet_lite0(), layout)
+    tensor = torch.from_numpy(sample).contiguous(memory_format=layout)
+
+    def call() -> object:
+        with torch.inference_mode():
+            return module(tensor)
+
+    return call
+
+
+def _engine_call(path: Path, sample: Float32) -> Callable[[], object]:
+    """What one process runs: an engine from its file."""
+    return functools.partial(load(path), sample)
 
 
 def _report(
@@ -284,7 +300,7 @@ def _report(
             "network": "EfficientNet-Lite0, 224 x 224, ImageNet weights",
             "calibration": f"{calibration_crops} crops of {_names(demo_data.CALIBRATION_PHOTOS)}",
             "evaluation": f"{len(bench.evaluation)} crops of {_names(demo_data.EVALUATION_PHOTOS)}",
-            "latency": "one crop a call, models measured in turn",
+            "latency": "one crop a call, each model in its own process, in turn",
         },
         baseline=baseline,
         engines=tuple(bench.results),

@@ -1,0 +1,73 @@
+"""The README: every figure comes from a results file, and its example runs as it is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.core.results import Comparison
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
+def engine_row(row: dict[str, Any]) -> str:
+    sqnr = "reference" if row["sqnr_db"] == "inf" else f"{row['sqnr_db']:.1f} dB"
+    size, latency = row["size_bytes"] / 1e6, row["latency_ms"]["p50"]
+    agreement = f"{100 * row['top1_agreement']:.1f} %"
+    return f"| {row['name']} | {size:.1f} MB | {latency:.2f} ms | {sqnr} | {agreement} |"
+
+
+def calibrator_row(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['calibrator']} | {row['seconds']:.1f} s | {row['sqnr_db']:.1f} dB | "
+        f"{100 * row['top1_agreement']:.1f} % | {row['latency_over_float']:.2f}× |"
+    )
+
+
+def expected_rows() -> list[str]:
+    demo, calibrators = results("demo")["results"], results("calibrators")["results"]
+    measured = [row for row in demo["rows"] if "sqnr_db" in row and row["latency_ms"]]
+    return [*map(engine_row, measured), *map(calibrator_row, calibrators["rows"])]
+
+
+@pytest.mark.parametrize("row", expected_rows())
+def test_figures_are_those_of_the_results_files(row: str) -> None:
+    assert row in README.splitlines()
+
+
+def test_no_other_rows_of_figures() -> None:
+    rows = [line for line in README.splitlines() if re.search(r"\| \d.* (ms|s|dB) \|", line)]
+    assert sorted(rows) == sorted(expected_rows())
+
+
+def test_the_allocators_share_is_told() -> None:
+    rows = results("demo")["results"]["rows"]
+    kept = next(row for row in rows if row["name"] == "PyTorch eager, malloc keeps memory")
+    assert f"{kept['latency_ms']['p50']:.1f} ms" in README
+
+
+@pytest.mark.slow
+def test_the_example_runs_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert (tmp_path / "lite0.octavo").is_file()
+    assert names["logits"].shape == (1, 1000)
+    comparison = names["result"]
+    assert isinstance(comparison, Comparison)
+    assert comparison.accuracy.sqnr_db > 15
+    assert comparison.latency_ms[1].p50 < comparison.latency_ms[0].p50
+    assert "dB" in capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_the_example_runs_as_it_is_written(
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert (tmp_path / "lite0.octavo").is_file()
     assert names["logits"].shape == (1, 1000)
     comparison = names["result"]

@@ -42,7 +42,7 @@ LAYER_CROPS = 16
 HISTOGRAMS = 4
 TARGETS = ("sm_86", "sm_120")
 INT8 = "ONNX Runtime INT8"
-CHANNELS_LAST = "PyTorch eager, channels_last"
+CHANNELS_LAST = "PyTorch eager, channels last"
 
 
 @dataclass

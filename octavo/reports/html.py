@@ -39,7 +39,7 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
     The same report gives the same bytes.
 
     Args:
-        report: what was measured; where an engine has a `layer_report`, the file tells why layers
+        report: what was measured; where an INT8 engine has a `layer_report`, it tells why layers
             are not INT8 and not only how many.
         path: where the file goes; an older file there is replaced.
 
@@ -83,7 +83,11 @@ def _render(report: Report) -> str:
         labelled=any(row.top1 != NONE for row in rows),
         precisions=_precisions(report),
         share=_int8_share,
-        layers={e.name: e.layer_report for e in report.engines if e.layer_report is not None},
+        layers={
+            engine.name: engine.layer_report
+            for engine in report.engines
+            if engine.layer_report is not None and engine.precision.startswith("int8")
+        },
         plots=_plots(report),
     )
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from octavo.core.errors import ArtifactError, OctavoError
 
@@ -22,7 +23,7 @@ def inspect(
     layers: Annotated[bool, typer.Option(help="Show every layer of an engine.")] = False,
 ) -> None:
     """Show what a file holds, after checking that it is whole."""
-    console = Console()
+    console = _console()
     if not file.is_file():
         raise ArtifactError(f"there is no file {file}")
     if file.suffix == ".json":
@@ -39,9 +40,9 @@ def doctor() -> None:
 
     table = _table("", "what", "state")
     for check in examine():
-        mark = "[green]yes[/green]" if check.works else "[yellow]no[/yellow]"
+        mark = Text("yes", "green") if check.works else Text("no", "yellow")
         table.add_row(mark, check.name, check.detail)
-    Console().print(table)
+    _console().print(table)
 
 
 def _inspect_engine(path: Path, console: Console, every_layer: bool) -> None:
@@ -128,6 +129,11 @@ def _inspect_onnx(path: Path, console: Console) -> None:
         if name in names or name in placement.skipped:
             table.add_row(name, "yes" if name in names else "no", placement.skipped.get(name, ""))
     console.print(table)
+
+
+def _console() -> Console:
+    """One that prints brackets as they are: they are shapes, extras and names of tensors here."""
+    return Console(markup=False, highlight=False)
 
 
 def _table(*columns: str) -> Table:

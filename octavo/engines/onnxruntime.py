@@ -41,8 +41,8 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 
 REFORMATS = frozenset(
-    {"Cast", "DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "ReorderInput"}
-    | {"ReorderOutput", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+    {"Cast", "DequantizeLinear", "Flatten", "Gather", "Identity", "QuantizeLinear"}
+    | {"ReorderInput", "ReorderOutput", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 HEAVY = frozenset({"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul"}) | frozenset(
     {"Gemm", "MatMul", "NhwcFusedConv"}

@@ -200,6 +200,7 @@ def test_doctor_names_every_backend_and_what_is_missing(run: Run) -> None:
         "backend onnxruntime",
         "backend tensorrt",
         "extra demo",
+        "octavo[tensorrt",
     ):
         assert word in output
 

@@ -1,0 +1,10 @@
+"""Operators with more than one implementation: an exact reference in torch, and Triton kernels.
+
+A folder an operator; each holds schema.py (the public function and all validation), reference.py
+and triton.py, which take the same arguments.
+"""
+
+from octavo.kernels.dispatch import explain
+from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
+
+__all__ = ["dynamic_quantize", "explain"]

@@ -72,6 +72,12 @@ def variants() -> Iterator[Variant]:
             length = f"{block}" if fits else "any length"
             yield _row_kernel(f"bf16, {title}{length}", "bf16", block, fits, smooth)
     yield _row_kernel("fp32, 4096", "fp32", 4096, True, False)
+    # the tiles that `config` gives for 1, 64 and 4096 rows, without and with everything fused
+    for block_m, block_n, block_k, split in ((16, 64, 128, 4), (64, 64, 128, 1), (128, 128, 64, 1)):
+        yield _gemm(block_m, block_n, block_k, split, fused=False)
+    yield _gemm(64, 64, 128, 1, fused=True)
+    yield _gemm(128, 128, 64, 1, fused=True)
+    yield _gather()
 
 
 def _row_kernel(name: str, dtype: str, block: int, fits: bool, smooth: bool) -> Variant:
@@ -98,6 +104,60 @@ def _row_kernel(name: str, dtype: str, block: int, fits: bool, smooth: bool) -> 
         },
         ("x_ptr", "smooth_ptr", "scale_ptr", "codes_ptr", "K", "stride_m"),
         warps=4 if block <= 2048 else 8,
+    )
+
+
+EPILOGUE = {"TOKEN": True, "CHANNEL": True, "RAW": False, "REQUANTIZE": False}
+POINTERS = {
+    "scale_x_ptr": "*fp32",
+    "scale_w_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "residual_ptr": "*bf16",
+    "out_scale_ptr": "*fp32",
+    "M": "i32",
+    "N": "i32",
+}
+
+
+def _gemm(block_m: int, block_n: int, block_k: int, split: int, *, fused: bool) -> Variant:
+    end = ", bias, gelu, residual" if fused else ", split K" if split > 1 else ""
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*i32" if split > 1 else "*bf16"}
+    strides = {"K": "i32", "stride_xm": "i64", "stride_wn": "i64"}
+    return Variant(
+        f"int8_gemm: {block_m}x{block_n}x{block_k}{end}",
+        "octavo.kernels.int8_gemm.triton",
+        "_gemm_kernel",
+        {**types, **POINTERS, **strides},
+        {
+            **EPILOGUE,
+            "stride_xk": 1,
+            "stride_wk": 1,
+            "BIAS": fused,
+            "RESIDUAL": fused,
+            "ACTIVATION": "gelu" if fused else "none",
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "GROUP_M": 8,
+            "SPLIT_K": split,
+            "EVEN_K": True,
+        },
+        (*types, *POINTERS, *strides),
+        warps=8 if fused and block_m == 128 else 4,
+        options={"num_stages": 3},
+    )
+
+
+def _gather() -> Variant:
+    types = {"partial_ptr": "*i32", "out_ptr": "*bf16", **POINTERS}
+    constants = {"BIAS": True, "RESIDUAL": False, "ACTIVATION": "silu", "SPLIT_K": 4}
+    return Variant(
+        "int8_gemm: sum of 4 parts, bias, silu",
+        "octavo.kernels.int8_gemm.triton",
+        "_gather_kernel",
+        types,
+        {**EPILOGUE, **constants, "BLOCK_M": 16, "BLOCK_N": 128},
+        tuple(types),
     )
 
 

@@ -6,5 +6,6 @@ and triton.py, which take the same arguments.
 
 from octavo.kernels.dispatch import explain
 from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
+from octavo.kernels.int8_gemm.schema import int8_gemm
 
-__all__ = ["dynamic_quantize", "explain"]
+__all__ = ["dynamic_quantize", "explain", "int8_gemm"]

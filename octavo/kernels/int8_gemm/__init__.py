@@ -1,0 +1,1 @@
+"""INT8 matrix product with its scales, bias, activation and residual in one kernel."""

@@ -1,0 +1,178 @@
+"""octavo::int8_gemm: y = activation(x_q @ w_q.T * scales + bias) + residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from octavo.core.errors import InputError
+from octavo.kernels.dispatch import Body, select, why_not_triton
+from octavo.kernels.int8_gemm import int_mm, reference
+
+__all__ = ["int8_gemm"]
+
+MAX_K = 2**31 // 128**2 - 1
+"""The longest sum of products of two codes that cannot overflow int32."""
+OUTPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int32)
+
+
+def int8_gemm(
+    x_q: torch.Tensor,
+    w_q: torch.Tensor,
+    scale_x: torch.Tensor | None = None,
+    scale_w: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    out_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Multiplies int8 matrices.
+
+    Accumulators are int32 and exact. The rest is float32: y = acc * (scale_x * scale_w) + bias,
+    then the activation, then the residual, then one rounding to `out_dtype`.
+
+    Args:
+        x_q: activations, int8 [..., K]; any strides.
+        w_q: weights, int8 [N, K]; fastest with contiguous rows, as 8-bit tensor cores want them.
+        scale_x: float32 [] or, a scale a token, [...].
+        scale_w: float32 [] or, a scale an output channel, [N].
+        bias: floating [N].
+        activation: "none", "relu", "relu6", "gelu", "gelu-tanh" or "silu".
+        residual: floating [..., N], added after the activation.
+        out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
+            accumulators alone, which take no scales, bias, activation or residual.
+        out_scale: float32 [], for int8 output.
+        backend: "auto", "triton", "int_mm" (torch._int_mm and the epilogue in torch) or
+            "reference"; one that is named runs or is refused.
+
+    Returns:
+        [..., N] of `out_dtype`.
+
+    Raises:
+        InputError: a wrong dtype, shape or device, or K so large that int32 could overflow.
+        UnsupportedError: the backend asked for cannot run this.
+    """
+    _check_codes(x_q, w_q)
+    if out_dtype not in OUTPUTS:
+        raise InputError(f"out_dtype {out_dtype} is unknown; use one of {OUTPUTS}")
+    if activation not in reference.ACTIVATIONS:
+        raise InputError(
+            f"activation {activation!r} is unknown; use one of {', '.join(reference.ACTIVATIONS)}"
+        )
+    raw = out_dtype == torch.int32
+    extras = {"scale_x": scale_x, "scale_w": scale_w, "bias": bias, "residual": residual}
+    if raw and (activation != "none" or any(value is not None for value in extras.values())):
+        raise InputError(
+            "int32 output is the accumulators alone; leave scales, bias, activation and residual "
+            "out"
+        )
+    if not raw and (scale_x is None or scale_w is None):
+        raise InputError(f"{out_dtype} output needs scale_x and scale_w")
+    if (out_scale is not None) != (out_dtype == torch.int8):
+        raise InputError("out_scale belongs to int8 output; give both or neither")
+    n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
+    _check("scale_x", scale_x, [(), batch], x_q, (torch.float32,))
+    _check("scale_w", scale_w, [(), (n,)], x_q, (torch.float32,))
+    _check("out_scale", out_scale, [()], x_q, (torch.float32,))
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    _check("bias", bias, [(n,)], x_q, floats)
+    _check("residual", residual, [(*batch, n)], x_q, floats)
+    result: torch.Tensor = torch.ops.octavo.int8_gemm(
+        x_q, w_q, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype, backend
+    )
+    return result
+
+
+def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor) -> None:
+    for name, value in (("x_q", x_q), ("w_q", w_q)):
+        if value.dtype != torch.int8:
+            raise InputError(f"{name} is {value.dtype}; int8_gemm takes int8 codes")
+    if x_q.ndim == 0 or w_q.ndim != 2 or x_q.shape[-1] != w_q.shape[1]:
+        raise InputError(
+            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit; they are [..., K] and "
+            "[N, K]"
+        )
+    if w_q.shape[1] > MAX_K:
+        raise InputError(
+            f"K is {w_q.shape[1]}, and sums over more than {MAX_K} can overflow int32; split it"
+        )
+    if w_q.device != x_q.device:
+        raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
+
+
+def _check(
+    name: str,
+    value: torch.Tensor | None,
+    shapes: list[tuple[int, ...]],
+    x_q: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    if value is None:
+        return
+    if tuple(value.shape) not in shapes or value.dtype not in dtypes:
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        kinds = " or ".join(str(dtype) for dtype in dtypes)
+        raise InputError(
+            f"{name} is {value.dtype} {list(value.shape)}; it must be {kinds} {wanted}"
+        )
+    if value.device != x_q.device:
+        raise InputError(f"{name} is on {value.device} and x_q on {x_q.device}; move one of them")
+
+
+@torch.library.custom_op(
+    "octavo::int8_gemm",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
+        "Tensor? out_scale, str activation, ScalarType out_dtype, str backend) -> Tensor"
+    ),
+)
+def _operator(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    arguments = (x, w, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype)
+    result: torch.Tensor = select("int8_gemm", _BODIES, backend, *arguments).run(*arguments)
+    return result
+
+
+@_operator.register_fake
+def _fake(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
+
+
+def _triton(*arguments: Any) -> torch.Tensor:
+    from octavo.kernels.int8_gemm import triton
+
+    result: torch.Tensor = triton.int8_gemm(*arguments)
+    return result
+
+
+_BODIES = (
+    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("int_mm", int_mm.why_not, int_mm.int8_gemm),
+    Body("reference", lambda *_: "", reference.int8_gemm),
+)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from octavo.calibration.collect import MICRO_BATCH, with_outputs
 from octavo.core.arrays import Array
@@ -110,10 +111,16 @@ def _segments(
 
 
 def _run(segment: ir.Model, needs: Sequence[str], output: str, frontier: Parts) -> list[Array]:
-    session = make_session(segment)
+    # up to 1.23 ONNX Runtime fails to remove a clamp that reads a graph's input
+    session = make_session(segment, rewrite=_release() >= (1, 24))
     return [
         session.run([output], {name: tensors[name] for name in needs})[0] for tensors in frontier
     ]
+
+
+def _release() -> tuple[int, ...]:
+    """Major and minor version of ONNX Runtime."""
+    return tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 
 def _float_means(

@@ -33,6 +33,7 @@ def make_session(
     *,
     threads: int | None = None,
     optimized_path: Path | None = None,
+    rewrite: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Opens a model on the CPU.
 
@@ -40,6 +41,7 @@ def make_session(
         model: a graph, its bytes or a path (needed for weights over 2 GB).
         threads: threads of one operator; None lets ONNX Runtime take one a physical core.
         optimized_path: where to write the graph as ONNX Runtime will run it.
+        rewrite: let ONNX Runtime rewrite the graph to make it faster.
 
     Raises:
         BuildError: ONNX Runtime cannot run the model; the message holds its reason.
@@ -52,6 +54,8 @@ def make_session(
         options.intra_op_num_threads = threads
     # Threads sleep between calls instead of spinning, so that engines side by side do not starve.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not rewrite:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     source: Any = serialize(model) if isinstance(model, ir.Model) else model

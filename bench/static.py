@@ -37,6 +37,7 @@ CLASSES = {
     "wgmma": r"\b(?:HGMMA|IGMMA)\b",
     "tcgen05": r"\b(?:UTC\w*MMA)\b",
 }
+OPTIONS = ("num_warps", "num_stages")
 SPILLS = r"\b(?:LDL|STL)\b"
 
 
@@ -51,7 +52,7 @@ class Variant:
         types: of its arguments, as Triton writes them; those missing are constants.
         constants: values of the constant arguments.
         aligned: arguments that are divisible by 16.
-        warps: of a block.
+        chosen: what the launcher's `config` says: constants, and the compiler's options.
     """
 
     name: str
@@ -60,27 +61,25 @@ class Variant:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     aligned: tuple[str, ...]
-    warps: int = 4
-    options: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 def variants() -> Iterator[Variant]:
     """Every kernel, in the forms that its launcher uses."""
-    for block, fits in ((1024, True), (8192, True), (4096, False)):
+    from octavo.kernels.dynamic_quantize.triton import config as rows
+    from octavo.kernels.int8_gemm.triton import config as tiles
+
+    for k in (1024, 8192, 16384):
         for smooth in (False, True):
-            title = "smooth, " if smooth else ""
-            length = f"{block}" if fits else "any length"
-            yield _row_kernel(f"bf16, {title}{length}", "bf16", block, fits, smooth)
-    yield _row_kernel("fp32, 4096", "fp32", 4096, True, False)
-    # the tiles that `config` gives for 1, 64 and 4096 rows, without and with everything fused
-    for block_m, block_n, block_k, split in ((16, 64, 128, 4), (64, 64, 128, 1), (128, 128, 64, 1)):
-        yield _gemm(block_m, block_n, block_k, split, fused=False)
-    yield _gemm(64, 64, 128, 1, fused=True)
-    yield _gemm(128, 128, 64, 1, fused=True)
+            title = f"K {k}, smooth" if smooth else f"K {k}"
+            yield _row_kernel(f"bf16, {title}", "bf16", smooth, dict(rows(k)))
+    yield _row_kernel("fp32, K 4096", "fp32", False, dict(rows(4096)))
+    for m, fused in ((1, False), (64, False), (4096, False), (64, True), (4096, True)):
+        yield _gemm(m, fused, dict(tiles(m, 4096, 4096, heavy=fused)))
     yield _gather()
 
 
-def _row_kernel(name: str, dtype: str, block: int, fits: bool, smooth: bool) -> Variant:
+def _row_kernel(name: str, dtype: str, smooth: bool, chosen: dict[str, Any]) -> Variant:
     return Variant(
         f"dynamic_quantize: {name}",
         "octavo.kernels.dynamic_quantize.triton",
@@ -93,17 +92,9 @@ def _row_kernel(name: str, dtype: str, block: int, fits: bool, smooth: bool) -> 
             "K": "i32",
             "stride_m": "i64",
         },
-        {
-            "stride_k": 1,
-            "SMOOTH": smooth,
-            "FIND": True,
-            "WRITE": True,
-            "ROW_SCALE": True,
-            "BLOCK": block,
-            "FITS": fits,
-        },
+        {"stride_k": 1, "SMOOTH": smooth, "FIND": True, "WRITE": True, "ROW_SCALE": True},
         ("x_ptr", "smooth_ptr", "scale_ptr", "codes_ptr", "K", "stride_m"),
-        warps=4 if block <= 2048 else 8,
+        chosen,
     )
 
 
@@ -119,12 +110,13 @@ POINTERS = {
 }
 
 
-def _gemm(block_m: int, block_n: int, block_k: int, split: int, *, fused: bool) -> Variant:
-    end = ", bias, gelu, residual" if fused else ", split K" if split > 1 else ""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*i32" if split > 1 else "*bf16"}
+def _gemm(m: int, fused: bool, chosen: dict[str, Any]) -> Variant:
+    split = chosen["SPLIT_K"] > 1
+    end = ", bias, gelu, residual" if fused else ", split K" if split else ""
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*i32" if split else "*bf16"}
     strides = {"K": "i32", "stride_xm": "i64", "stride_wn": "i64"}
     return Variant(
-        f"int8_gemm: {block_m}x{block_n}x{block_k}{end}",
+        f"int8_gemm: M {m}{end}",
         "octavo.kernels.int8_gemm.triton",
         "_gemm_kernel",
         {**types, **POINTERS, **strides},
@@ -135,16 +127,10 @@ def _gemm(block_m: int, block_n: int, block_k: int, split: int, *, fused: bool) 
             "BIAS": fused,
             "RESIDUAL": fused,
             "ACTIVATION": "gelu" if fused else "none",
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "GROUP_M": 8,
-            "SPLIT_K": split,
             "EVEN_K": True,
         },
         (*types, *POINTERS, *strides),
-        warps=8 if fused and block_m == 128 else 4,
-        options={"num_stages": 3},
+        chosen,
     )
 
 
@@ -169,16 +155,18 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Any]:
 
     function = getattr(importlib.import_module(variant.module), variant.kernel)
     places = {name: (index,) for index, name in enumerate(function.arg_names)}
+    constants = {**variant.constants, **variant.chosen}
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     source = ASTSource(
         function,
         {name: variant.types.get(name, "constexpr") for name in places},
-        constexprs={places[name]: value for name, value in variant.constants.items()},
+        constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in variant.aligned},
     )
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": variant.warps, **variant.options},
+        options=options,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -9,7 +9,7 @@ import torch
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_gemm
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm.reference import int8_gemm as oracle
 
 triton_body = pytest.importorskip("octavo.kernels.int8_gemm.triton")
@@ -53,9 +53,8 @@ def test_the_largest_sum_there_is(backend: str, device: torch.device) -> None:
     x = torch.full((2, 131071), -128, dtype=torch.int8, device=device)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 8192, "GROUP_M": 1, "SPLIT_K": 1}
     if backend == "triton":
-        found = triton_body.int8_gemm(
-            x, x[:1], None, None, None, None, None, "none", torch.int32, tiles
-        )
+        raw = Epilogue(None, None, None, None, None, "none", torch.int32)
+        found = triton_body.int8_gemm(x, x[:1], raw, tiles)
     else:
         found = int8_gemm(x, x[:1], out_dtype=torch.int32, backend=backend)
     assert found.tolist() == [[131071 * 128**2]] * 2
@@ -65,10 +64,11 @@ def test_the_largest_sum_there_is(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("group", [1, 3])
 def test_any_tiles_give_the_same_bits(split: int, group: int, device: torch.device) -> None:
     values = case(70, 50, 300, device)
-    parts = [values[name] for name in ("x_q", "w_q", "scale_x", "scale_w", "bias", "residual")]
+    parts = [values[name] for name in ("scale_x", "scale_w", "bias", "residual")]
+    epilogue = Epilogue(*parts, None, "relu", torch.float32)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": group, "SPLIT_K": split}
-    found = triton_body.int8_gemm(*parts, None, "relu", torch.float32, tiles)
-    assert torch.equal(found, oracle(*parts, None, "relu", torch.float32))
+    found = triton_body.int8_gemm(values["x_q"], values["w_q"], epilogue, tiles)
+    assert torch.equal(found, oracle(values["x_q"], values["w_q"], epilogue))
 
 
 @every_backend

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["QMAX", "dynamic_quantize"]
+from octavo.kernels.rounding import scale_of_peak, to_int8
 
-QMAX = 127
+__all__ = ["dynamic_quantize"]
 
 
 def dynamic_quantize(
@@ -20,8 +20,6 @@ def dynamic_quantize(
         peak = values.new_zeros(values.shape[:-1] if per_token else ())
     else:
         peak = values.abs().amax(-1) if per_token else values.abs().amax()
-    # a tensor, not a number: by a number CUDA multiplies with the reciprocal, which is not exact
-    scale = torch.where(peak == 0, 1.0, peak) / torch.full_like(peak, QMAX)
-    codes = torch.round(values / (scale.unsqueeze(-1) if per_token else scale))
-    codes = codes.nan_to_num(nan=-QMAX - 1).clamp(-QMAX - 1, QMAX).to(torch.int8)
+    scale = scale_of_peak(peak)
+    codes = to_int8(values, scale.unsqueeze(-1) if per_token else scale)
     return codes.contiguous(), scale.contiguous()

@@ -6,7 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["dynamic_quantize"]
+from octavo.kernels.rounding import scale_of_peak
+from octavo.kernels.triton_rounding import to_int8
+
+__all__ = ["config", "dynamic_quantize"]
 
 ONE_PASS = 8192
 """Rows up to this length are held in registers; longer ones are read twice, the second time from
@@ -21,16 +24,6 @@ def _load(x_ptr, smooth_ptr, row, cols, K, stride_m, stride_k, SMOOTH: tl.conste
     if SMOOTH:
         x = tl.div_rn(x, tl.load(smooth_ptr + cols, mask=inside, other=1.0).to(tl.float32))
     return x
-
-
-@triton.jit
-def _codes(x, scale):
-    ratio = tl.div_rn(x, scale)
-    # NaN first: comparisons with it are false, and what the conversion makes of it is not defined
-    ratio = tl.where(ratio == ratio, ratio, -128.0)
-    ratio = tl.minimum(tl.maximum(ratio, -128.0), 127.0)
-    # adding 1.5 * 2**23 leaves no bits behind the point: the sum is rounded half to even
-    return ((ratio + 12582912.0) - 12582912.0).to(tl.int8)
 
 
 @triton.jit
@@ -62,12 +55,18 @@ def _row_kernel(
     else:
         scale = tl.load(scale_ptr + (row if ROW_SCALE else 0))
     if WRITE:
-        tl.store(codes_ptr + row * K + cols, _codes(x, scale), mask=cols < K)
+        tl.store(codes_ptr + row * K + cols, to_int8(x, scale), mask=cols < K)
         if not FITS:
             for start in range(BLOCK, K, BLOCK):
                 more = _load(x_ptr, smooth_ptr, row, start + cols, K, stride_m, stride_k, SMOOTH)
                 there = start + cols
-                tl.store(codes_ptr + row * K + there, _codes(more, scale), mask=there < K)
+                tl.store(codes_ptr + row * K + there, to_int8(more, scale), mask=there < K)
+
+
+def config(k: int) -> dict[str, int | bool]:
+    """How rows of length k are read, by rule: nothing has been tuned on a GPU yet."""
+    block = triton.next_power_of_2(k) if k <= ONE_PASS else ONE_PASS // 2
+    return {"BLOCK": block, "FITS": block >= k, "num_warps": 4 if block <= 2048 else 8}
 
 
 def dynamic_quantize(
@@ -78,7 +77,6 @@ def dynamic_quantize(
     rows = x.detach().reshape(-1, K)  # a view wherever the strides allow one
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(K) if K <= ONE_PASS else ONE_PASS // 2
     divisor = x if smooth is None else smooth.contiguous()
 
     def launch(scale: torch.Tensor, find: bool, write: bool) -> None:
@@ -88,8 +86,7 @@ def dynamic_quantize(
             _row_kernel[(len(rows),)](
                 rows, divisor, scale, codes, K, rows.stride(0), rows.stride(1),
                 SMOOTH=smooth is not None, FIND=find, WRITE=write, ROW_SCALE=per_token,
-                BLOCK=block, FITS=block >= K,
-                num_warps=4 if block <= 2048 else 8,
+                **config(K),
             )  # fmt: skip
 
     if per_token:
@@ -97,6 +94,6 @@ def dynamic_quantize(
         return codes, scale.reshape(x.shape[:-1])
     launch(scale, True, False)
     peak = scale.amax() if len(rows) else scale.new_zeros(())
-    one = torch.where(peak == 0, 1.0, peak) / torch.full_like(peak, 127)
+    one = scale_of_peak(peak)
     launch(one, False, True)
     return codes, one

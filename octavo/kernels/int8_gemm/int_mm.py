@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from octavo.kernels.int8_gemm.reference import epilogue
+from octavo.kernels.int8_gemm.reference import Epilogue
 
 __all__ = ["int8_gemm", "why_not"]
 
@@ -28,21 +28,10 @@ def why_not(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
     return ""
 
 
-def int8_gemm(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """See `schema.int8_gemm`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    accumulator = torch._int_mm(rows, w.T).reshape(*x.shape[:-1], w.shape[0])
-    return epilogue(accumulator, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype)
+    return epilogue(torch._int_mm(rows, w.T).reshape(*x.shape[:-1], w.shape[0]))
 
 
 @functools.cache

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "epilogue", "int8_gemm"]
+from octavo.kernels.rounding import to_int8
+
+__all__ = ["ACTIVATIONS", "Epilogue", "int8_gemm"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
@@ -19,43 +22,36 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def int8_gemm(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to the accumulators; see `schema.int8_gemm` for the fields.
+
+    Without scales the accumulators are the result.
+    """
+
+    scale_x: torch.Tensor | None
+    scale_w: torch.Tensor | None
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    out_scale: torch.Tensor | None
+    activation: str
+    out_dtype: torch.dtype
+
+    def __call__(self, accumulator: torch.Tensor) -> torch.Tensor:
+        """From accumulators int32 [..., N] to the result, step by step in float32."""
+        if self.scale_x is None or self.scale_w is None:
+            return accumulator
+        scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
+        y = accumulator.float() * (scale_x * self.scale_w)
+        if self.bias is not None:
+            y = y + self.bias.float()
+        y = ACTIVATIONS[self.activation](y)
+        if self.residual is not None:
+            y = y + self.residual.float()
+        return y.to(self.out_dtype) if self.out_scale is None else to_int8(y, self.out_scale)
+
+
+def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """See `schema.int8_gemm`."""
     # float64 holds every sum of products of codes that int32 does
-    accumulator = (x.double() @ w.double().T).to(torch.int32)
-    return epilogue(accumulator, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype)
-
-
-def epilogue(
-    accumulator: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """From accumulators int32 [..., N] to the result."""
-    if scale_x is None or scale_w is None:
-        return accumulator
-    scale = (scale_x.unsqueeze(-1) if scale_x.ndim else scale_x) * scale_w
-    y = accumulator.float() * scale
-    if bias is not None:
-        y = y + bias.float()
-    y = ACTIVATIONS[activation](y)
-    if residual is not None:
-        y = y + residual.float()
-    if out_scale is None:
-        return y.to(out_dtype)
-    return torch.round(y / out_scale).nan_to_num(nan=-128).clamp(-128, 127).to(torch.int8)
+    return epilogue((x.double() @ w.double().T).to(torch.int32))

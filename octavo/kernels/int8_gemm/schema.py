@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from octavo.core.errors import InputError
@@ -143,8 +141,11 @@ def _operator(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    arguments = (x, w, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype)
-    result: torch.Tensor = select("int8_gemm", _BODIES, backend, *arguments).run(*arguments)
+    epilogue = reference.Epilogue(
+        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype
+    )
+    body = select("int8_gemm", _BODIES, backend, x, w, epilogue)
+    result: torch.Tensor = body.run(x, w, epilogue)
     return result
 
 
@@ -164,11 +165,10 @@ def _fake(
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
 
 
-def _triton(*arguments: Any) -> torch.Tensor:
+def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: reference.Epilogue) -> torch.Tensor:
     from octavo.kernels.int8_gemm import triton
 
-    result: torch.Tensor = triton.int8_gemm(*arguments)
-    return result
+    return triton.int8_gemm(x, w, epilogue)
 
 
 _BODIES = (

@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.triton_rounding import to_int8
+
 __all__ = ["config", "int8_gemm"]
 
 SLICES = 108
@@ -57,11 +60,7 @@ def _finish(
         if RESIDUAL:
             y += tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
         if REQUANTIZE:
-            y = tl.div_rn(y, tl.zeros_like(y) + tl.load(out_scale_ptr))
-            y = tl.where(y == y, y, -128.0)
-            y = tl.minimum(tl.maximum(y, -128.0), 127.0)
-            # adding 1.5 * 2**23 leaves no bits behind the point: rounded half to even
-            y = (y + 12582912.0) - 12582912.0
+            y = to_int8(y, tl.load(out_scale_ptr))
         tl.store(out_ptr + there, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -165,46 +164,33 @@ def config(m: int, n: int, k: int, *, heavy: bool = False) -> dict[str, int]:
 
 
 def int8_gemm(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    tiles: dict[str, int] | None = None,
+    x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, tiles: dict[str, int] | None = None
 ) -> torch.Tensor:
     """See `schema.int8_gemm`; `tiles` replaces `config`, for tests and tuning."""
-    out = torch.empty(*x.shape[:-1], w.shape[0], dtype=out_dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], w.shape[0], dtype=epilogue.out_dtype, device=x.device)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     (m, k), n = rows.shape, w.shape[0]
     if not out.numel():
         return out
     if not k:
-        from octavo.kernels.int8_gemm import reference
-
-        zero = torch.zeros(out.shape, dtype=torch.int32, device=x.device)
-        return reference.epilogue(
-            zero, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype
-        )
-    heavy = residual is not None or activation not in ("none", "relu", "relu6")
+        return epilogue(torch.zeros(out.shape, dtype=torch.int32, device=x.device))
+    e = epilogue
+    heavy = e.residual is not None or e.activation not in ("none", "relu", "relu6")
     chosen = tiles or config(m, n, k, heavy=heavy)
     block_m, block_n, split = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["SPLIT_K"]
     # an argument that is not there still needs a pointer, which is never read
     extras = [
         x if value is None else value.contiguous()
-        for value in (scale_x, scale_w, bias, residual, out_scale)
+        for value in (e.scale_x, e.scale_w, e.bias, e.residual, e.out_scale)
     ]
     flags = {
-        "TOKEN": scale_x is not None and scale_x.ndim > 0,
-        "CHANNEL": scale_w is not None and scale_w.ndim > 0,
-        "BIAS": bias is not None,
-        "RESIDUAL": residual is not None,
-        "REQUANTIZE": out_scale is not None,
-        "RAW": scale_x is None,
-        "ACTIVATION": activation,
+        "TOKEN": e.scale_x is not None and e.scale_x.ndim > 0,
+        "CHANNEL": e.scale_w is not None and e.scale_w.ndim > 0,
+        "BIAS": e.bias is not None,
+        "RESIDUAL": e.residual is not None,
+        "REQUANTIZE": e.out_scale is not None,
+        "RAW": e.scale_x is None,
+        "ACTIVATION": e.activation,
     }
     partial = out if split == 1 else torch.empty(split, m, n, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):

@@ -1,0 +1,20 @@
+"""Reals to symmetric int8 codes, as every kernel's reference does it."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["scale_of_peak", "to_int8"]
+
+QMIN, QMAX = -128, 127
+
+
+def scale_of_peak(peak: torch.Tensor) -> torch.Tensor:
+    """float32 scale under which `peak` is the largest code; 1/127 for a peak of zero."""
+    # a tensor, not a number: by a number CUDA multiplies with the reciprocal, which is not exact
+    return torch.where(peak == 0, 1.0, peak) / torch.full_like(peak, QMAX)
+
+
+def to_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """saturate(round_half_even(x / scale)); NaN gives the smallest code."""
+    return torch.round(x / scale).nan_to_num(nan=QMIN).clamp(QMIN, QMAX).to(torch.int8)

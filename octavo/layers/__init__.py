@@ -1,0 +1,1 @@
+"""Modules that compute in eight bits, and what puts them in the place of float ones."""

@@ -37,6 +37,7 @@ from octavo.export import (
     place,
     quantize_graph,
     save_onnx,
+    unsigned_spec,
 )
 from octavo.measure import interleaved_latency
 from octavo.pipelines import demo_data
@@ -140,7 +141,8 @@ def _runner(path: Path, name: str) -> Any:
 
 
 def _octavo_engine(graph: Any, table: Any) -> Engine:
-    quantized = quantize_graph(graph, table.spec(place(graph).tensors))
+    spec = unsigned_spec(graph, table.spec(place(graph).tensors))
+    quantized = quantize_graph(graph, spec)
     backend = get_backend("onnxruntime")
     request = BuildRequest(graph, quantized, "int8", fingerprint(graph), table.dumps())
     return Engine(backend.build(request), backend.open)

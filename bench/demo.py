@@ -5,8 +5,9 @@
 Runs `octavo demo` into a temporary folder. Do it on a quiet machine: latencies are measured in
 turn, but a busy machine still slows a small engine down more than a large one.
 
-PyTorch is measured once more with a malloc that keeps the memory it has got, since by default
-glibc's gives large buffers back to the system after every layer, and PyTorch pays for that.
+PyTorch and the INT8 engines are measured once more with a malloc that keeps the memory it has got,
+since by default glibc's gives large buffers back to the system after every layer, and PyTorch pays
+for that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,11 @@ import torch
 from bench.results_file import write_results
 from octavo.measure import isolated_latency
 from octavo.pipelines import demo_data
-from octavo.pipelines.demo import eager_call, run_demo
+from octavo.pipelines.demo import eager_call, engine_call, run_demo, slug
 
+EAGER = "PyTorch eager"
+INT8 = "ONNX Runtime INT8"
+KEEPING = "malloc keeps memory"
 LIMITS = {
     "latency over the float engine": 0.60,
     "latency over PyTorch eager": 0.15,
@@ -43,9 +48,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run_demo(folder, say=lambda text: print(text, file=sys.stderr))
         report = json.loads((Path(folder) / "report.json").read_text())
+        keeping = _keeping_memory(Path(folder))
     rows = [_row(row) for row in (report["baseline"], *report["engines"])]
-    rows.append({"name": "PyTorch eager, malloc keeps memory", "latency_ms": _keeping_memory()})
-    ratios = _ratios(report)
+    rows += [{"name": f"{name}, {KEEPING}", "latency_ms": ms} for name, ms in keeping.items()]
+    ratios = _ratios(report) | {
+        f"{name} over {EAGER}, {KEEPING}": round(ms["p50"] / keeping[EAGER]["p50"], 4)
+        for name, ms in keeping.items()
+        if name != EAGER
+    }
     print(
         write_results(
             "demo", {"data": report["data"], "rows": rows, "ratios": ratios}, out=options.out
@@ -58,13 +68,17 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def _keeping_memory() -> dict[str, float]:
-    """Latency of PyTorch in a process whose malloc never gives memory back."""
+def _keeping_memory(folder: Path) -> dict[str, dict[str, float]]:
+    """Latency of PyTorch and the INT8 engines in processes whose malloc gives no memory back."""
     for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ[threshold] = str(2**30)
     sample = demo_data.crops(demo_data.EVALUATION_PHOTOS, 1, seed=1)
-    maker = functools.partial(eager_call, sample, torch.contiguous_format)
-    return asdict(isolated_latency({"eager": maker})["eager"])
+    makers: dict[str, Callable[[], Callable[[], object]]] = {
+        EAGER: functools.partial(eager_call, sample, torch.contiguous_format)
+    }
+    for name in (INT8, f"{INT8}, uint8 activations"):
+        makers[name] = functools.partial(engine_call, folder / f"{slug(name)}.octavo", sample)
+    return {name: asdict(latency) for name, latency in isolated_latency(makers).items()}
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +87,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _ratios(report: dict[str, Any]) -> dict[str, float]:
     engines = {row["name"]: row for row in report["engines"]}
-    int8, floats = engines["ONNX Runtime INT8"], engines["ONNX Runtime float32"]
+    int8, floats = engines[INT8], engines["ONNX Runtime float32"]
     latency = int8["latency_ms"]["p50"]
     return {
         "latency over the float engine": round(latency / floats["latency_ms"]["p50"], 4),

@@ -111,7 +111,8 @@ class Backend(Protocol):
     Attributes:
         name: what callers and engine files call it.
         activations: the type of activations it is most exact and fastest with; calibration takes
-            it where `build` is given data.
+            it where `build` is given data. With "uint8", what an int8 table says of tensors that
+            cannot be negative is turned into unsigned codes (see `octavo.export.unsigned_spec`).
     """
 
     name: str

@@ -17,6 +17,7 @@ from octavo.export.placement import Placement, QuantizedLayer, place
 from octavo.export.precision import to_float16
 from octavo.export.qdq import QdqModel, QuantSpec, adjust_weights, insert_qdq, quantize_graph
 from octavo.export.torch_export import TorchExport, export_torch, module_ports
+from octavo.export.unsigned import unsigned_spec
 from octavo.export.weights import QuantizedWeight, quantize_weight
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "serialize",
     "size_bytes",
     "to_float16",
+    "unsigned_spec",
 ]

@@ -1,4 +1,4 @@
-"""Constants of an ONNX graph: adding them under free names, and replacing them."""
+"""Constants of an ONNX graph: reading them, adding them under free names, and replacing them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,23 @@ import numpy as np
 import onnx_ir as ir
 
 from octavo.core.arrays import Array
+from octavo.core.errors import ExportError
 
-__all__ = ["initializer", "set_constant"]
+__all__ = ["constant", "initializer", "set_constant"]
+
+
+def constant(value: ir.Value | None) -> Array:
+    """The number behind a scale or zero point.
+
+    Raises:
+        ExportError: it is not a constant.
+    """
+    if value is None or value.const_value is None:
+        raise ExportError(
+            f"the scale or zero point {value.name if value else '(missing)'!r} of a Q/DQ pair is "
+            "not a constant; export the model again"
+        )
+    return value.const_value.numpy()
 
 
 def initializer(model: ir.Model, name: str, array: Array) -> ir.Value:

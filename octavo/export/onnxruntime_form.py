@@ -3,14 +3,17 @@
 ONNX Runtime runs a layer in INT8 only where a QuantizeLinear follows it directly, its bias is
 int32, and (on x86) its input is uint8. A portable Q/DQ graph, as TensorRT wants it, has an
 activation before the QuantizeLinear, float biases and int8 activations, and runs slower than float
-there. This module rewrites one into the other without changing a single code:
+there. This module rewrites one into the other and keeps the codes:
 
 * quantization is monotone, so quantizing a clamp is clamping the codes:
   Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b));
-* int8 with zero point z is uint8 with zero point z + 128, every code moved by 128;
+* int8 with zero point z is uint8 with zero point z + 128, every code moved by 128, and back;
 * biases already lie on the grid of the accumulator (see `weights`), so int32 holds them exactly;
 * a channel of zero weights adds nothing, and lets the first convolution of a picture take the
-  kernel for channels that come in fours.
+  kernel for channels that come in fours;
+* the mean of a picture is taken of its codes (see `pooling`). That rounds once where the mean of
+  real numbers rounds at every addition, so what lies half way between two codes may become the
+  other one; nothing else changes a code.
 """
 
 from __future__ import annotations
@@ -22,10 +25,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from octavo.core.arrays import Array
-from octavo.core.errors import ExportError
-from octavo.export.constants import initializer
+from octavo.export.constants import constant, initializer
 from octavo.export.equalization import clamp_bounds
+from octavo.export.pooling import average_codes, averages_pictures
 
 __all__ = ["KernelForm", "LoweredModel", "lower_for_onnxruntime"]
 
@@ -65,7 +67,7 @@ class LoweredModel:
 
 
 def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
-    """Rewrites a portable Q/DQ graph; its codes stay the same.
+    """Rewrites a portable Q/DQ graph; its codes stay the same, up to ties in a mean.
 
     Args:
         model: from `quantize_graph`; not changed. A float graph comes back as it is.
@@ -78,6 +80,8 @@ def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
     for node in list(copy.graph):
         if node.op_type == "QuantizeLinear":
             _quantize_before_clamps(copy, node)
+        elif averages_pictures(node):
+            average_codes(copy, node)
     float_layers = {}
     for node in list(copy.graph):
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add"):
@@ -90,12 +94,7 @@ def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
             _fold_weight(copy, node)
         elif node.op_type in ("Conv", "Gemm"):
             _integer_bias(copy, node)
-    for node in [node for node in copy.graph if node.op_type == "QuantizeLinear"]:
-        _retype(copy, node.inputs[2], form.activation, node)
-    for node in [node for node in copy.graph if node.op_type == "DequantizeLinear"]:
-        source = node.inputs[0]
-        constant = source is not None and source.is_initializer()
-        _retype(copy, node.inputs[2], form.weight if constant else form.activation, node)
+    _retype_all(copy, form)
     for node in list(copy.graph):
         if node.op_type == "Conv" and (node.name or "") not in float_layers:
             _four_channels(copy, node)
@@ -128,7 +127,7 @@ def _quantize_before_clamps(model: ir.Model, quantize: ir.Node) -> None:
         return
     if not (_dequantized(layer.inputs[0]) and _dequantized(layer.inputs[1])):
         return
-    scale, zero = _constant(quantize.inputs[1]), _constant(quantize.inputs[2])
+    scale, zero = constant(quantize.inputs[1]), constant(quantize.inputs[2])
     limits = np.iinfo(zero.dtype)
     bounds_code = [
         int(np.clip(np.rint(np.float32(bound) / scale) + int(zero), limits.min, limits.max))
@@ -179,7 +178,7 @@ def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     source, weight = (value.producer() for value in node.inputs[:2] if value is not None)
     if source is None or weight is None:
         return
-    step = (_constant(source.inputs[1]) * _constant(weight.inputs[1])).astype(np.float32)
+    step = (constant(source.inputs[1]) * constant(weight.inputs[1])).astype(np.float32)
     real = bias.const_value.numpy().astype(np.float64).reshape(-1)
     codes = np.rint(real / step.astype(np.float64))
     limits = np.iinfo(np.int32)
@@ -210,7 +209,7 @@ def _fold_weight(model: ir.Model, node: ir.Node) -> None:
         return
     if not dequantize.inputs[0].is_initializer():
         return
-    codes, scale = _constant(dequantize.inputs[0]), _constant(dequantize.inputs[1])
+    codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
     axis = dequantize.attributes.get_int("axis", 1) or 0
     if scale.ndim:
         scale = scale.reshape([-1 if index == axis else 1 for index in range(codes.ndim)])
@@ -248,39 +247,38 @@ def _four_channels(model: ir.Model, node: ir.Node) -> None:
     weight.outputs[0].shape = ir.Shape(wider.shape)
 
 
+def _retype_all(model: ir.Model, form: KernelForm) -> None:
+    """Gives activations and weights the integer types of the form."""
+    for node in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
+        _retype(model, node.inputs[2], form.activation, node)
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        source = node.inputs[0]
+        weight = source is not None and source.is_initializer()
+        _retype(model, node.inputs[2], form.weight if weight else form.activation, node)
+
+
 def _retype(model: ir.Model, zero_point: ir.Value | None, target: str, node: ir.Node) -> None:
-    """Moves a Q or DQ node, and what lies between a pair, from int8 codes to uint8 or stays."""
-    zero = _constant(zero_point)
-    if zero.dtype == np.int32 or zero.dtype.name == target or target == "int8":
+    """Moves a Q or DQ node, and what lies between a pair, to codes of type `target`."""
+    zero = constant(zero_point)
+    if zero.dtype == np.int32 or zero.dtype.name == target:
         return
-    name = zero_point.name or "" if zero_point is not None else ""
-    moved = initializer(model, f"{name}.uint8", (zero.astype(np.int16) + 128).astype(np.uint8))
-    node.replace_input_with(2, moved)
+    _move(model, node, 2)
     if node.op_type == "QuantizeLinear":
-        node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+        node.outputs[0].type = node.inputs[2].type if node.inputs[2] is not None else None
         for user, _ in list(node.outputs[0].uses()):
             if user.op_type == "Clip":
-                _retype_clip(model, user)
-        return
-    codes = node.inputs[0]
-    if codes is not None and codes.is_initializer() and codes.dtype == ir.DataType.INT8:
-        shifted = (_constant(codes).astype(np.int16) + 128).astype(np.uint8)
-        node.replace_input_with(0, initializer(model, f"{codes.name}.uint8", shifted))
+                _move(model, user, 1)
+                _move(model, user, 2)
+                user.outputs[0].type = node.outputs[0].type
+    elif node.inputs[0] is not None and node.inputs[0].is_initializer():
+        _move(model, node, 0)
 
 
-def _retype_clip(model: ir.Model, clip: ir.Node) -> None:
-    clip.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
-    for index in (1, 2):
-        bound = clip.inputs[index]
-        code = (_constant(bound).astype(np.int16) + 128).astype(np.uint8)
-        name = f"{bound.name if bound else ''}.uint8"
-        clip.replace_input_with(index, initializer(model, name, code))
-
-
-def _constant(value: ir.Value | None) -> Array:
-    if value is None or value.const_value is None:
-        raise ExportError(
-            f"the scale or zero point {value.name if value else '(missing)'!r} of a Q/DQ pair is "
-            "not a constant; export the model again"
-        )
-    return value.const_value.numpy()
+def _move(model: ir.Model, node: ir.Node, index: int) -> None:
+    """Makes a constant of int8 codes uint8, every code 128 more; or the other way round."""
+    value = node.inputs[index]
+    codes = constant(value)
+    kind, shift = (np.uint8, 128) if codes.dtype == np.int8 else (np.int8, -128)
+    name = f"{value.name if value is not None else ''}.{np.dtype(kind).name}"
+    moved = (codes.astype(np.int16) + shift).astype(kind)
+    node.replace_input_with(index, initializer(model, name, moved))

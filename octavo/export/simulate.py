@@ -2,9 +2,9 @@
 
 Quantized layers accumulate codes exactly and apply the scales once, in float32, as integer kernels
 do: y = round(float32(accumulator) * (scale_x * scale_w / scale_y)) * scale_y. Residual additions
-are rounded as those of ONNX Runtime on x86 are. A simulation that computes with real numbers
-instead rounds a few values in a million the other way, and a deep network amplifies that until
-whole decibels of the comparison are its own noise.
+and means of pictures are rounded as those of ONNX Runtime on x86 are. A simulation that computes
+with real numbers instead rounds a few values in a million the other way, and a deep network
+amplifies that until whole decibels of the comparison are its own noise.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import fx, nn
 from octavo.core.arrays import Array
 from octavo.core.errors import ExportError
 from octavo.export.equalization import clamp_bounds
+from octavo.export.integer_modules import FakeQuantize, IntegerAdd, IntegerLayer, IntegerMean
 from octavo.export.placement import QuantizedLayer, place
+from octavo.export.pooling import averages_pictures, scales_fit
 from octavo.export.qdq import INTEGER_BIAS, QuantSpec, adjust_weights
 from octavo.export.torch_export import TorchExport
 from octavo.export.weights import quantize_weight
-from octavo.quant import QParams, fake_quantize, quantize
+from octavo.quant import QParams
 
 __all__ = ["simulate"]
 
@@ -34,7 +36,8 @@ def simulate(exported: TorchExport, spec: QuantSpec) -> fx.GraphModule:
 
     Args:
         exported: the float module, from `export_torch`.
-        spec: what calibration decided about its graph.
+        spec: what calibration decided about its graph; for the integers of an engine for ONNX
+            Runtime, what `unsigned_spec` makes of it.
 
     Returns:
         a module with the inputs and outputs of the original, on the CPU; its nodes are named as
@@ -58,109 +61,6 @@ def simulate(exported: TorchExport, spec: QuantSpec) -> fx.GraphModule:
     )
 
 
-class IntegerLayer(nn.Module):
-    """A convolution or Linear on codes, exact in float64, requantized once in float32.
-
-    Args:
-        operator: the aten operator of the float layer.
-        arguments: its arguments after input, weight and bias.
-        source: how the input is quantized.
-        codes: int8 weight in the operator's layout.
-        weight_scale: float32 scalar or [channels].
-        bias: float32 [channels], on the grid of the accumulator where the engine adds it there.
-        target: how the output will be quantized, or None.
-        channel_axis: axis of the output that `weight_scale` belongs to.
-    """
-
-    def __init__(
-        self,
-        operator: Any,
-        arguments: tuple[Any, ...],
-        source: QParams,
-        codes: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: QParams | None,
-        channel_axis: int,
-    ) -> None:
-        super().__init__()
-        self.operator = operator
-        self.arguments = arguments
-        self.source = source
-        self.target = target
-        self.channel_axis = channel_axis
-        self.codes: torch.Tensor
-        self.step: torch.Tensor
-        self.bias: torch.Tensor | None
-        self.register_buffer("codes", codes.double())
-        self.register_buffer("step", source.scale * weight_scale)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Float32 in, float32 out, as the float layer."""
-        codes = (quantize(x, self.source).int() - self.source.zero_point).double()
-        takes_bias = self.operator is not torch.ops.aten.matmul.default
-        rest = (None, *self.arguments) if takes_bias else ()
-        accumulator: torch.Tensor = self.operator(codes, self.codes, *rest)
-        step = self._along_channels(self.step, accumulator)
-        if self.bias is not None:
-            bias = self._along_channels(self.bias, accumulator).double()
-            accumulator = accumulator + torch.round(bias / step.double())
-        if self.target is None:
-            return accumulator.float() * step
-        scale = self.target.scale
-        return torch.round(accumulator.float() * (step / scale)) * scale
-
-    def _along_channels(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        if values.ndim == 0:
-            return values
-        shape = [1] * like.ndim
-        shape[self.channel_axis] = -1
-        return values.reshape(shape)
-
-
-class IntegerAdd(nn.Module):
-    """A residual addition on uint8 codes, with two fused multiply-adds in float32.
-
-    y = round(a * s_a / s_y + (b * s_b / s_y + offset)), where the offset gathers the zero points.
-
-    Args:
-        left: how the first input is quantized.
-        right: how the second one is.
-        target: how the output will be.
-    """
-
-    def __init__(self, left: QParams, right: QParams, target: QParams) -> None:
-        super().__init__()
-        self.left, self.right, self.target = left, right, target
-        self.ratios = left.scale / target.scale, right.scale / target.scale
-        zeros = [_to_uint8(q) + q.zero_point.float() for q in (left, right, target)]
-        self.zero = zeros[2]
-        self.offset = zeros[2] - (self.ratios[0] * zeros[0] + self.ratios[1] * zeros[1])
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Float32 in, float32 out."""
-        codes = [
-            quantize(value, qparams).double() + _to_uint8(qparams)
-            for value, qparams in ((x, self.left), (y, self.right))
-        ]
-        inner = (codes[1] * self.ratios[1].double() + self.offset.double()).float()
-        total = (codes[0] * self.ratios[0].double() + inner.double()).float()
-        return (torch.round(total) - self.zero) * self.target.scale
-
-
-class FakeQuantize(nn.Module):
-    """A Q/DQ pair."""
-
-    def __init__(self, qparams: QParams) -> None:
-        super().__init__()
-        self.qparams = qparams
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Float32 in, what is left of it out."""
-        return fake_quantize(x, self.qparams)
-
-
 class _Simulator:
     def __init__(
         self, module: fx.GraphModule, model: ir.Model, activations: Mapping[str, QParams]
@@ -181,6 +81,8 @@ class _Simulator:
                 self._replace_add(f"octavo_layer_{index}", layer)
             else:
                 self._quantize_inputs(f"octavo_input_{index}", layer)
+        for index, pool in enumerate(filter(averages_pictures, self.model.graph)):
+            self._replace_mean(f"octavo_mean_{index}", pool, readers)
         for index, (name, qparams) in enumerate(self.activations.items()):
             everyone = {user.name for user, _ in self.values[name].uses()}
             if everyone == set(readers[name]) and name in self.nodes:
@@ -232,6 +134,23 @@ class _Simulator:
             raise ExportError(f"the output of {layer.name} has no scale")
         sources = tuple(self._origin(source) for source in layer.activations)
         self._replace(name, IntegerAdd(left, right, target), self._named(layer), sources)
+
+    def _replace_mean(
+        self, name: str, node: ir.Node, readers: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """Takes the mean of codes, where its input and output are quantized for every reader."""
+        names = [value.name or "" for value in (node.inputs[0], node.outputs[0]) if value]
+        source, target = (self.activations.get(name) for name in names)
+        if source is None or target is None or node.name not in readers[names[0]]:
+            return
+        if {user.name for user, _ in node.outputs[0].uses()} != set(readers[names[1]]):
+            return
+        if node.outputs[0].is_graph_output() or not scales_fit(
+            float(source.scale), float(target.scale)
+        ):
+            return
+        mean, origin = self._origin(names[1]), self._origin(names[0])
+        self._replace(name, IntegerMean(source, target), mean, (origin,))
 
     def _replace(
         self, name: str, module: nn.Module, node: fx.Node, sources: tuple[Any, ...]
@@ -301,8 +220,3 @@ class _Simulator:
         if bias is None or bias.const_value is None:
             return weight.const_value.numpy(), None
         return weight.const_value.numpy(), bias.const_value.numpy()
-
-
-def _to_uint8(qparams: QParams) -> float:
-    """What to add to a code to make it unsigned."""
-    return 128.0 if qparams.dtype.symmetric else 0.0

@@ -30,7 +30,7 @@ from octavo.engines import (
 )
 from octavo.engines.backend import Backend
 from octavo.engines.cache import cache_key
-from octavo.export import QdqModel, input_specs, make_session, place, quantize_graph
+from octavo.export import QdqModel, input_specs, make_session, place, quantize_graph, unsigned_spec
 from octavo.export.precision import float16_overflows
 from octavo.export.torch_export import Inputs
 from octavo.pipelines.calibrate import calibrate_source
@@ -98,7 +98,7 @@ def build(
         table = _table(source, calibration, options, shown, verbose)
     request = BuildRequest(
         model=source.graph,
-        quantized=None if table is None else _quantize(source, table, precision),
+        quantized=None if table is None else _quantize(source, table, chosen, precision),
         precision=precision,
         fingerprint=source.fingerprint["onnx"],
         table=None if table is None else table.dumps(),
@@ -177,7 +177,9 @@ def _table(
     return calibrate_source(source, calibration, options, progress, verbose)
 
 
-def _quantize(source: ModelSource, table: CalibrationTable, precision: str) -> QdqModel:
+def _quantize(
+    source: ModelSource, table: CalibrationTable, backend: Backend, precision: str
+) -> QdqModel:
     placement = place(source.graph, table.exclude)
     if not placement.tensors:
         raise BuildError(
@@ -187,6 +189,8 @@ def _quantize(source: ModelSource, table: CalibrationTable, precision: str) -> Q
     spec = table.spec(placement.tensors, source.ports)
     if not spec.activations:
         raise InputError("the calibration table has no tensor of this model; calibrate this model")
+    if backend.activations == "uint8":
+        spec = unsigned_spec(source.graph, spec)
     return quantize_graph(source.graph, spec, half_scales=precision == "int8+float16")
 
 

@@ -22,7 +22,7 @@ from octavo.core.machine import machine_facts
 from octavo.core.progress import Progress, default_progress
 from octavo.core.results import EngineResult, Report
 from octavo.engines import Engine, Profile, get_backend
-from octavo.export import input_specs, place
+from octavo.export import QuantSpec, input_specs, place, unsigned_spec
 from octavo.export.simulate import simulate
 from octavo.measure import isolated_latency
 from octavo.pipelines import demo_data
@@ -32,7 +32,7 @@ from octavo.pipelines.compare import module_size
 from octavo.pipelines.sources import ModelSource, resolve_model
 from octavo.quant import accuracy, sqnr_db
 
-__all__ = ["DemoResult", "eager_call", "run_demo", "write_report"]
+__all__ = ["DemoResult", "eager_call", "engine_call", "run_demo", "slug", "write_report"]
 
 CALIBRATION_CROPS = 96
 EVALUATION_CROPS = 120
@@ -152,7 +152,7 @@ def _add(
             precision=precision,
             profiles=None if backend == "onnxruntime" else _profiles(bench),
             targets=targets,
-            output=bench.folder / f"{_slug(name)}.octavo",
+            output=bench.folder / f"{slug(name)}.octavo",
             progress=bench.progress,
             verbose=False,
         )
@@ -177,7 +177,8 @@ def _add(
     )
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A model's name as the name of its engine file, without the ending."""
     return name.lower().replace(",", "").replace(" ", "-")
 
 
@@ -215,8 +216,7 @@ def _check_parity(bench: _Workbench, table: CalibrationTable) -> None:
     if bench.source.exported is None:
         return
     samples = bench.evaluation[:PARITY_CROPS]
-    spec = table.spec(place(bench.source.graph, table.exclude).tensors)
-    module = simulate(bench.source.exported, spec)
+    module = simulate(bench.source.exported, _spec(bench, table))
     with torch.inference_mode(), bench.progress.task("Parity check", 1) as advance:
         expected = module(torch.from_numpy(samples)).numpy()
         advance(1)
@@ -230,6 +230,12 @@ def _check_parity(bench: _Workbench, table: CalibrationTable) -> None:
     )
 
 
+def _spec(bench: _Workbench, table: CalibrationTable) -> QuantSpec:
+    """What an engine for ONNX Runtime is built from."""
+    graph = bench.source.graph
+    return unsigned_spec(graph, table.spec(place(graph, table.exclude).tensors))
+
+
 def _measure_latency(bench: _Workbench) -> EngineResult:
     """Times PyTorch and every engine in turn, each in its own process, one crop a call."""
     sample = bench.evaluation[:1]
@@ -238,9 +244,7 @@ def _measure_latency(bench: _Workbench) -> EngineResult:
         CHANNELS_LAST: functools.partial(eager_call, sample, torch.channels_last),
     }
     for name in bench.engines:
-        makers[name] = functools.partial(
-            _engine_call, bench.folder / f"{_slug(name)}.octavo", sample
-        )
+        makers[name] = functools.partial(engine_call, bench.folder / f"{slug(name)}.octavo", sample)
     latency = isolated_latency(makers, progress=bench.progress)
     leaves = [m for m in bench.module.modules() if not list(m.children())]
     computing = sum(1 for m in leaves if list(m.parameters(recurse=False)))
@@ -282,8 +286,13 @@ def eager_call(sample: Float32, layout: torch.memory_format) -> Callable[[], obj
     return call
 
 
-def _engine_call(path: Path, sample: Float32) -> Callable[[], object]:
-    """What one process runs: an engine from its file."""
+def engine_call(path: Path, sample: Float32) -> Callable[[], object]:
+    """What one process runs: an engine from its file, on one crop.
+
+    Args:
+        path: of the engine file.
+        sample: float32 [1, 3, 224, 224].
+    """
     return functools.partial(load(path), sample)
 
 
@@ -291,7 +300,6 @@ def _report(
     bench: _Workbench, table: CalibrationTable, baseline: EngineResult, calibration_crops: int
 ) -> Report:
     graph = bench.source.graph
-    spec = table.spec(place(graph, table.exclude).tensors)
     batch = {bench.engines[INT8].inputs[0].name: bench.evaluation[:LAYER_CROPS]}
     return Report(
         title="EfficientNet-Lite0 in eight bits",
@@ -305,7 +313,7 @@ def _report(
         baseline=baseline,
         engines=tuple(bench.results),
         trials=table.trials,
-        layer_sqnr=layer_sqnr(graph, spec, [batch]),
+        layer_sqnr=layer_sqnr(graph, _spec(bench, table), [batch]),
         histograms=table.histograms(_most_clipped(table)),
         notes=tuple(bench.notes),
         command="octavo demo",

@@ -18,9 +18,11 @@ from octavo.export import (
     make_session,
     place,
     quantize_graph,
+    unsigned_spec,
 )
+from octavo.export.integer_modules import IntegerAdd, IntegerMean
 from octavo.export.qdq import QuantSpec
-from octavo.export.simulate import IntegerAdd, simulate
+from octavo.export.simulate import simulate
 from octavo.quant import QTYPES, QParams, fake_quantize, sqnr_db
 
 
@@ -65,11 +67,15 @@ def run_integers(exported: TorchExport, spec: QuantSpec, samples: np.ndarray) ->
     return session.run(None, {session.get_inputs()[0].name: samples})[0]
 
 
+@pytest.mark.parametrize("unsigned", [False, True], ids=["as calibrated", "unsigned"])
 def test_every_kind_of_layer_agrees_with_onnx_runtime(
-    net: tuple[TorchExport, CalibrationTable, np.ndarray],
+    net: tuple[TorchExport, CalibrationTable, np.ndarray], unsigned: bool
 ) -> None:
     exported, table, samples = net
     spec = table.spec(place(exported.model).tensors)
+    if unsigned:
+        spec = unsigned_spec(exported.model, spec)
+        assert {q.dtype.name for q in spec.activations.values()} == {"int8", "uint8"}
     assert spec.bias_correction
     simulated = simulate(exported, spec)(torch.from_numpy(samples))
     floats = exported.program.module()(torch.from_numpy(samples)).detach()
@@ -110,9 +116,14 @@ def test_a_program_of_another_graph_is_refused(
 
 
 @pytest.mark.slow
-def test_efficientnet_agrees_with_onnx_runtime(lite0: Lite0, lite0_table: CalibrationTable) -> None:
+@pytest.mark.parametrize("unsigned", [False, True], ids=["as calibrated", "unsigned"])
+def test_efficientnet_agrees_with_onnx_runtime(
+    lite0: Lite0, lite0_table: CalibrationTable, unsigned: bool
+) -> None:
     """At least 35 dB at the output on real crops; it was bit for bit wherever it was tried."""
     spec = lite0_table.spec(place(lite0.exported.model).tensors)
+    if unsigned:
+        spec = unsigned_spec(lite0.exported.model, spec)
     samples = lite0.evaluation[:16]
     simulated = simulate(lite0.exported, spec)(torch.from_numpy(samples))
     parity = sqnr_db(simulated, run_integers(lite0.exported, spec, samples))
@@ -150,3 +161,38 @@ def test_additions_round_as_onnx_runtimes_do(dtype: str, seed: int) -> None:
     expected = session.run(None, {"x": x.numpy(), "y": y.numpy()})[0]
     found = fake_quantize(IntegerAdd(left, right, target)(x, y), target)
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+class Head(nn.Module):
+    """A convolution and the mean of its picture; `reader` says what else reads the mean."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.fc = nn.Linear(16, 4)
+        self.reader = reader
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mean = torch.relu(self.conv(x)).mean((2, 3), keepdim=True)
+        logits = self.fc(mean.flatten(1))
+        return {"none": (logits,), "float": (logits, mean.exp()), "output": (logits, mean)}[
+            self.reader
+        ]
+
+
+@pytest.mark.parametrize("reader", ["none", "float", "output"])
+def test_means_of_codes_are_those_of_the_engine(reader: str) -> None:
+    """And a mean that something reads in float stays a mean of real numbers in both."""
+    torch.manual_seed(2)
+    x = torch.randn(32, 3, 9, 9)
+    exported = export_torch(Head(reader).eval(), x[:1])
+    table = calibrate_graph(exported.model, [x.numpy()], CalibrationOptions("minmax", False, False))
+    spec = unsigned_spec(exported.model, table.spec(place(exported.model).tensors))
+    module = simulate(exported, spec)
+    means = [m for m in module.modules() if isinstance(m, IntegerMean)]
+    graph = lower_for_onnxruntime(quantize_graph(exported.model, spec).model, kernel_form()).model
+    pools = [node for node in graph.graph if node.op_type == "GlobalAveragePool"]
+    assert len(means) == len(pools) == (reader == "none")
+    found = module(x)
+    found = (found[0] if isinstance(found, tuple) else found).numpy()
+    assert sqnr_db(found, run_integers(exported, spec, x.numpy())) > 60

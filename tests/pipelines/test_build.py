@@ -354,6 +354,44 @@ def test_the_manifest_of_another_machine_does_not_matter_on_a_cpu(tmp_path: Path
         assert engine(X).shape == (12, 4)
 
 
+def _built_types(monkeypatch: pytest.MonkeyPatch, activations: str) -> set[str]:
+    """Integer types of the activations in the graph that a backend is given for an int8 table."""
+    table = calibrate(cnn(), [X], observer="minmax", verbose=False)
+    assert {entry.dtype for entry in table.tensors.values()} == {"int8"}
+    requests = []
+    real = OnnxRuntimeBackend.build
+
+    def spy(self: OnnxRuntimeBackend, request: Any) -> Any:
+        requests.append(request)
+        return real(self, request)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "build", spy)
+    monkeypatch.setattr(OnnxRuntimeBackend, "activations", activations)
+    quick(calibration=table)
+    assert requests[0].table == table.dumps(), "the table in the engine is the one that was given"
+    return {
+        node.inputs[2].dtype.numpy().name
+        for node in requests[0].quantized.model.graph
+        if node.op_type == "QuantizeLinear"
+    }
+
+
+def test_tensors_behind_a_relu_get_unsigned_codes_where_the_backend_likes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert _built_types(monkeypatch, "uint8") == {"int8", "uint8"}
+
+
+def test_a_backend_of_int8_gets_the_codes_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert get_backend("tensorrt").activations == "int8"
+    assert _built_types(monkeypatch, "int8") == {"int8"}
+
+
+def test_an_engine_for_onnx_runtime_has_no_clamp_left_to_run() -> None:
+    with quick(calibration=calibrate(cnn(), [X], observer="minmax", verbose=False)) as engine:
+        assert not {"Clip", "Relu"} & {layer.op for layer in engine.layers().layers}
+
+
 def _count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     builds: list[str] = []
     real = OnnxRuntimeBackend.build

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+UNLIKE = (80, 90, 100, 120)
+"""Of these each has other instructions; for forms with registers to spare, and variations."""
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB a block may use; CUDA C++ Programming Guide, technical specifications."""
 
@@ -39,6 +41,7 @@ class Variant:
         constants: values of the constant arguments.
         aligned: arguments that are divisible by 16.
         chosen: what the launcher's `config` says: constants, and the compiler's options.
+        architectures: on which it is launched.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Variant:
     constants: Mapping[str, Any]
     aligned: tuple[str, ...]
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def compile_variant(variant: Variant, architecture: int) -> dict[str, Any]:

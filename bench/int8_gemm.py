@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.aot import Variant
+from bench.aot import ARCHITECTURES, Variant
 
+FOLDER = "octavo.kernels.int8_gemm"
 EPILOGUE = {"TOKEN": True, "CHANNEL": True, "RAW": False, "REQUANTIZE": False}
 POINTERS = {
     "scale_x_ptr": "*fp32",
@@ -14,54 +15,123 @@ POINTERS = {
     "bias_ptr": "*bf16",
     "residual_ptr": "*bf16",
     "out_scale_ptr": "*fp32",
-    "M": "i32",
     "N": "i32",
+    "K": "i32",
 }
+HOPPER = (9, 0)
 
 
 def static_variants() -> Iterator[Variant]:
-    """The forms that the launcher uses."""
-    from octavo.kernels.int8_gemm.triton import config
+    """The rule's forms with the longest epilogue, and every tile that is measured for M >= 64.
 
-    yield _gemm("1x4096x4096", False, dict(config(1, 4096, 4096)))
-    for fused in (False, True):  # wide enough that K is not split, so the epilogue is inside
-        yield _gemm("64x28672x4096", fused, dict(config(64, 28672, 4096, heavy=fused)))
-        yield _gemm("4096x4096x4096", fused, dict(config(4096, 4096, 4096, heavy=fused)))
-    yield _gather()
+    Where the rule asks for the architecture, each form is compiled for those that get it.
+    """
+    from octavo.kernels.int8_gemm.tiles import config
+
+    swapped = config(1, 4096, 4096, capability=HOPPER)
+    yield _tiles("1x4096x4096", swapped, few=True, architectures=(90,))
+    others = tuple(one for one in ARCHITECTURES if one != 90)
+    yield _tiles("1x4096x4096", config(1, 4096, 4096), few=True, architectures=others)
+    deep = config(64, 4096, 4096, capability=HOPPER)
+    yield _tiles("64x4096x4096", deep, architectures=(90, 100))
+    yield _tiles("4096x4096x4096", config(4096, 4096, 4096, heavy=True))
+    yield _tiles("64x4096x4000", config(64, 4096, 4000), even=False)
+    yield _tiles("4096x4096x4096", config(4096, 4096, 4096), out="fp32", fused=False)
+    for tiles in _shapes(persistent=0):
+        one = {**tiles, "SPLIT_K": 1}
+        yield _tiles("M >= 64", one, fused=False, architectures=(80, 90, 100))
+    for tiles in _shapes(persistent=1):
+        yield _persistent("M >= 64", tiles, fused=False)
+    yield _persistent("4096x4096x4096", config(4096, 4096, 4096, heavy=True, capability=HOPPER))
 
 
-def _gemm(shape: str, fused: bool, chosen: dict[str, Any]) -> Variant:
-    split = chosen["SPLIT_K"] > 1
-    end = ", bias, gelu, residual" if fused else ", split K" if split else ""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*i32" if split else "*bf16"}
-    strides = {"K": "i32", "stride_xm": "i64", "stride_wn": "i64"}
+def _shapes(persistent: int) -> list[Mapping[str, int]]:
+    """One of the candidates for M >= 64 for each shape of a tile, that with the most stages."""
+    from octavo.kernels.int8_gemm.tiles import candidates
+
+    found: dict[tuple[int, int], Mapping[str, int]] = {}
+    for m in (64, 128, 4096):
+        for tiles in candidates(m, 4096, 4096, capability=HOPPER):
+            shape = (tiles["BLOCK_M"], tiles["BLOCK_N"])
+            deeper = shape not in found or tiles["num_stages"] > found[shape]["num_stages"]
+            fits = persistent or tiles["num_stages"] * sum(shape) * tiles["BLOCK_K"] <= 3 << 15
+            if tiles["PERSISTENT"] == persistent and fits and deeper:
+                found[shape] = tiles
+    return list(found.values())
+
+
+def _end(tiles: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of the epilogue, and the fields of the tiles that kernels take."""
+    from octavo.kernels.int8_gemm.tiles import pieces
+
+    constants = {
+        **EPILOGUE,
+        "BIAS": fused,
+        "RESIDUAL": fused,
+        "ACTIVATION": "gelu" if fused else "none",
+        "PIECES": pieces(tiles),
+    }
+    return constants, {name: tiles[name] for name in tiles if name not in ("PERSISTENT", "FLATTEN")}
+
+
+def _title(shape: str, tiles: Mapping[str, int], *words: str) -> str:
+    block = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MNK")
+    return ", ".join([f"int8_gemm: {shape} by {block}", *filter(None, words)])
+
+
+def _tiles(
+    shape: str,
+    tiles: Mapping[str, int],
+    *,
+    few: bool = False,
+    even: bool = True,
+    out: str = "bf16",
+    fused: bool = True,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+) -> Variant:
+    constants, chosen = _end(tiles, fused)
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": f"*{out}", **POINTERS}
+    types |= {"partial_ptr": "*i32", "arrived_ptr": "*i32"}
+    types |= {"stride_xm": "i64", "stride_wn": "i64"}
+    words = (
+        "swapped" if tiles["SWAP"] else "",
+        "split K" if tiles["SPLIT_K"] > 1 else "",
+        "bias, gelu, residual" if fused else "",
+        "" if even else "K with a remainder",
+        "" if out == "bf16" else out,
+    )
     return Variant(
-        f"int8_gemm: {shape}{end}",
-        "octavo.kernels.int8_gemm.triton",
-        "_gemm_kernel",
-        {**types, **POINTERS, **strides},
-        {
-            **EPILOGUE,
-            "stride_xk": 1,
-            "stride_wk": 1,
-            "BIAS": fused,
-            "RESIDUAL": fused,
-            "ACTIVATION": "gelu" if fused else "none",
-            "EVEN_K": True,
-        },
-        (*types, *POINTERS, *strides),
+        _title(shape, tiles, *words),
+        f"{FOLDER}.triton_tiles",
+        "tiles_kernel",
+        {**types, "M": "i32"},
+        {**constants, "EVEN_K": even, "FEW": few},
+        tuple(types),
         chosen,
+        architectures=architectures,
     )
 
 
-def _gather() -> Variant:
-    types = {"partial_ptr": "*i32", "out_ptr": "*bf16", **POINTERS}
-    constants = {"BIAS": True, "RESIDUAL": False, "ACTIVATION": "silu", "SPLIT_K": 4}
+def _persistent(shape: str, tiles: Mapping[str, int], *, fused: bool = True) -> Variant:
+    constants, chosen = _end(tiles, fused)
+    chosen = {name: value for name, value in chosen.items() if name not in ("SPLIT_K", "SWAP")}
+    types = {"out_ptr": "*bf16", **POINTERS}
+    boxes = {
+        f"{name}_desc": f"tensordesc<i8[{tiles[block]}, {tiles['BLOCK_K']}]>"
+        for name, block in (("x", "BLOCK_M"), ("w", "BLOCK_N"))
+    }
+    words = (
+        "persistent",
+        "flat" if tiles["FLATTEN"] else "",
+        "bias, gelu, residual" if fused else "",
+    )
     return Variant(
-        "int8_gemm: sum of 4 parts, bias, silu",
-        "octavo.kernels.int8_gemm.triton",
-        "_gather_kernel",
-        types,
-        {**EPILOGUE, **constants, "BLOCK_M": 16, "BLOCK_N": 128},
+        _title(shape, tiles, *words),
+        f"{FOLDER}.triton_persistent",
+        "persistent_kernel",
+        {**boxes, **types, "M": "i32"},
+        {**constants, "FLATTEN": bool(tiles["FLATTEN"])},
         tuple(types),
+        chosen,
+        architectures=(90, 100),  # TMA; on consumer cards of sm_120 the rule takes the other kernel
     )

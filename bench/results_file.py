@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,35 @@ def write_results(name: str, results: Any, *, out: Path | None = None) -> Path:
     Returns:
         the file's path.
     """
-    module = Path(sys.argv[0]).stem if sys.argv[0].endswith(".py") else sys.argv[0]
     document = {
-        "command": " ".join(["python -m", f"bench.{module}", *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine_facts(),
         "results": results,
     }
     return atomic_write((out or RESULTS) / f"{name}.json", json.dumps(document, indent=1) + "\n")
+
+
+def write_csv(name: str, rows: Sequence[Mapping[str, Any]], *, out: Path | None = None) -> Path:
+    """Writes rows as CSV: a line for each figure, the columns of the first row.
+
+    Args:
+        name: of the file, without its suffix.
+        rows: all with the same keys.
+        out: folder; by default bench/results.
+
+    Returns:
+        the file's path.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return atomic_write((out or RESULTS) / f"{name}.csv", text.getvalue())
+
+
+def _command() -> str:
+    program = sys.argv[0]
+    name = Path(program).stem if program.endswith(".py") else program
+    module = "bench" if name == "__main__" else f"bench.{name}"
+    return " ".join(["python -m", module, *sys.argv[1:]])

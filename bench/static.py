@@ -17,20 +17,28 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.aot import ARCHITECTURES, CLASSES, SHARED_LIMIT, Variant, compile_variant
+from bench.aot import CLASSES, SHARED_LIMIT, Variant, compile_variant
 from bench.results_file import RESULTS, write_results
 
-OPERATORS = ("dynamic_quantize", "int8_gemm")
+OPERATORS = ("dynamic_quantize", "int8_gemm", "static_quantize", "weight_only_gemm")
 """Operators with kernels; bench/<operator>.py names the forms in which they are launched."""
+MOST_PROCESSES = 8
 
 
 def variants(operators: Sequence[str] = OPERATORS) -> Iterator[Variant]:
     """Every kernel of the operators, in the forms that its launcher uses."""
     for operator in operators:
         yield from importlib.import_module(f"bench.{operator}").static_variants()
+
+
+def _row(job: tuple[str, int, int]) -> dict[str, Any]:
+    """One row of the table: an operator, the number of its variant, and the architecture."""
+    operator, number, architecture = job
+    return compile_variant(list(variants([operator]))[number], architecture)
 
 
 def problems(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
@@ -63,11 +71,14 @@ def main() -> int:
         print("TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
         return 2
     operators = options.only or OPERATORS
-    rows = [
-        compile_variant(variant, architecture)
-        for variant in variants(operators)
-        for architecture in ARCHITECTURES
+    jobs = [
+        (operator, number, architecture)
+        for operator in operators
+        for number, variant in enumerate(variants([operator]))
+        for architecture in variant.architectures
     ]
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_PROCESSES)) as pool:
+        rows = list(pool.map(_row, jobs))
     for row in rows:
         rest = ", ".join(f"{row[name]} {name}" for name in CLASSES if name in row)
         print(

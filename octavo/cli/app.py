@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from octavo.cli import commands, inspect
+from octavo.cli import bench, commands, inspect
 from octavo.core.errors import OctavoError, OctavoWarning
 from octavo.core.version import __version__
 
@@ -30,6 +30,7 @@ app.command("run")(commands.run)
 app.command("compare")(commands.compare)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(inspect.doctor)
+app.command("bench")(bench.bench)
 app.command("export-triton-server")(commands.export_triton_server)
 
 

@@ -5,7 +5,23 @@ and triton.py, which take the same arguments.
 """
 
 from octavo.kernels.dispatch import explain
-from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
+from octavo.kernels.dynamic_quantize.schema import (
+    LayerNorm,
+    RmsNorm,
+    add_dynamic_quantize,
+    dynamic_quantize,
+)
 from octavo.kernels.int8_gemm.schema import int8_gemm
+from octavo.kernels.static_quantize.schema import static_quantize
+from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
 
-__all__ = ["dynamic_quantize", "explain", "int8_gemm"]
+__all__ = [
+    "LayerNorm",
+    "RmsNorm",
+    "add_dynamic_quantize",
+    "dynamic_quantize",
+    "explain",
+    "int8_gemm",
+    "static_quantize",
+    "weight_only_gemm",
+]

@@ -15,5 +15,6 @@ def to_int8(x, scale):
     # NaN first: comparisons with it are false, and what the conversion makes of it is not defined
     ratio = tl.where(ratio == ratio, ratio, -128.0)
     ratio = tl.minimum(tl.maximum(ratio, -128.0), 127.0)
-    # adding 1.5 * 2**23 leaves no bits behind the point: the sum is rounded half to even
-    return ((ratio + 12582912.0) - 12582912.0).to(tl.int8)
+    # adding 1.5 * 2**23 leaves no bits behind the point: the sum is rounded half to even, and the
+    # code is the lowest byte of its bits
+    return (ratio + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)

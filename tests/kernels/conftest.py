@@ -9,6 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+os.environ.setdefault("OCTAVO_TUNE", "0")  # nothing is measured, unless a test is about that
 
 
 @pytest.fixture(scope="session")

@@ -1,99 +1,139 @@
-"""Triton kernels: one program a row. A row that fits is read once and stays in registers."""
+"""Launches the Triton kernels: chooses how rows are read, and finds them in strided tensors."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Mapping
+
 import torch
 import triton
-import triton.language as tl
 
-from octavo.kernels.rounding import scale_of_peak
-from octavo.kernels.triton_rounding import to_int8
+from octavo.kernels.dynamic_quantize.prologue import Prologue
+from octavo.kernels.dynamic_quantize.tiles import candidates, config
+from octavo.kernels.dynamic_quantize.triton_rows import long_row_kernel, rows_kernel
+from octavo.kernels.tuning import best, size_bucket
 
-__all__ = ["config", "dynamic_quantize"]
+__all__ = ["add_dynamic_quantize", "dynamic_quantize"]
 
-ONE_PASS = 8192
-"""Rows up to this length are held in registers; longer ones are read twice, the second time from
-the cache, in blocks of half that, which leaves registers for loads that overlap."""
-
-
-@triton.jit
-def _load(x_ptr, smooth_ptr, row, cols, K, stride_m, stride_k, SMOOTH: tl.constexpr):
-    inside = cols < K
-    x = tl.load(x_ptr + row * stride_m + cols.to(tl.int64) * stride_k, mask=inside, other=0.0)
-    x = x.to(tl.float32)
-    if SMOOTH:
-        x = tl.div_rn(x, tl.load(smooth_ptr + cols, mask=inside, other=1.0).to(tl.float32))
-    return x
-
-
-@triton.jit
-def _row_kernel(
-    x_ptr, smooth_ptr, scale_ptr, codes_ptr, K, stride_m, stride_k,
-    SMOOTH: tl.constexpr, FIND: tl.constexpr, WRITE: tl.constexpr, ROW_SCALE: tl.constexpr,
-    BLOCK: tl.constexpr, FITS: tl.constexpr,
-):  # fmt: skip
-    """FIND: peak of the row to `scale` (WRITE: as a scale). WRITE: codes of the row."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    x = _load(x_ptr, smooth_ptr, row, cols, K, stride_m, stride_k, SMOOTH)
-    if FIND:
-        # NaN does not survive a maximum on a GPU, so it is looked for apart
-        top = tl.abs(x)
-        bad = tl.where(x == x, 0, 1)
-        if not FITS:
-            for start in range(BLOCK, K, BLOCK):
-                more = _load(x_ptr, smooth_ptr, row, start + cols, K, stride_m, stride_k, SMOOTH)
-                top = tl.maximum(top, tl.abs(more))
-                bad = tl.maximum(bad, tl.where(more == more, 0, 1))
-        peak = tl.max(tl.where(top == top, top, 0.0), axis=0)
-        peak = tl.where(tl.max(bad, axis=0) > 0, float("nan"), peak)
-        if WRITE:
-            scale = tl.div_rn(tl.where(peak == 0.0, 1.0, peak), 127.0)
-        else:
-            scale = peak
-        tl.store(scale_ptr + row, scale)
-    else:
-        scale = tl.load(scale_ptr + (row if ROW_SCALE else 0))
-    if WRITE:
-        tl.store(codes_ptr + row * K + cols, to_int8(x, scale), mask=cols < K)
-        if not FITS:
-            for start in range(BLOCK, K, BLOCK):
-                more = _load(x_ptr, smooth_ptr, row, start + cols, K, stride_m, stride_k, SMOOTH)
-                there = start + cols
-                tl.store(codes_ptr + row * K + there, to_int8(more, scale), mask=there < K)
-
-
-def config(k: int) -> dict[str, int | bool]:
-    """How rows of length k are read, by rule: nothing has been tuned on a GPU yet."""
-    block = triton.next_power_of_2(k) if k <= ONE_PASS else ONE_PASS // 2
-    return {"BLOCK": block, "FITS": block >= k, "num_warps": 4 if block <= 2048 else 8}
+PARTS = 1024
+"""Peaks that the second launch of a tensor's scale reduces by itself."""
 
 
 def dynamic_quantize(
-    x: torch.Tensor, smooth: torch.Tensor | None, per_token: bool
+    x: torch.Tensor,
+    prologue: Prologue,
+    per_token: bool,
+    chosen: Mapping[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `schema.dynamic_quantize`."""
-    K = x.shape[-1]
-    rows = x.detach().reshape(-1, K)  # a view wherever the strides allow one
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-    divisor = x if smooth is None else smooth.contiguous()
+    """See `schema.dynamic_quantize`; `chosen` replaces what `config` says."""
+    codes, scale, _ = _quantize(x, None, prologue, per_token, chosen)
+    return codes, scale
 
-    def launch(scale: torch.Tensor, find: bool, write: bool) -> None:
-        if not len(rows):
-            return
+
+def add_dynamic_quantize(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    prologue: Prologue,
+    per_token: bool,
+    chosen: Mapping[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `schema.add_dynamic_quantize`; `chosen` replaces what `config` says."""
+    return _quantize(x, residual.detach().contiguous(), prologue, per_token, chosen)
+
+
+def _quantize(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    prologue: Prologue,
+    per_token: bool,
+    chosen: Mapping[str, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales, and the sum with the residual (without one, the codes again)."""
+    K = prologue.width(x.shape[-1])
+    M = x.numel() // x.shape[-1]
+    codes = torch.empty((*x.shape[:-1], K), dtype=torch.int8, device=x.device)
+    total = codes if residual is None else torch.empty_like(residual)
+    scale = torch.empty(x.shape[:-1] if per_token else (), dtype=torch.float32, device=x.device)
+    if not M:
+        return codes, scale if per_token else scale.fill_(1.0).div_(127.0), total
+    if chosen is None:
+        chosen = _choose(x, residual, prologue, per_token, M, K)
+    programs = triton.cdiv(M, chosen.get("ROWS", 1))
+    kernel = rows_kernel if "ROWS" in chosen else long_row_kernel
+
+    def launch(x: torch.Tensor, peaks: torch.Tensor, mode: str, add: bool) -> None:
+        rows, inner, stride_outer, stride_inner = _rows(x.detach())
+        stride_k = rows.stride(-1)
+        vectors = [
+            x if value is None else value.contiguous()  # never read where there is none
+            for value in (prologue.weight, prologue.bias, prologue.smooth)
+        ]
         with torch.cuda.device_of(x):
-            _row_kernel[(len(rows),)](
-                rows, divisor, scale, codes, K, rows.stride(0), rows.stride(1),
-                SMOOTH=smooth is not None, FIND=find, WRITE=write, ROW_SCALE=per_token,
-                **config(K),
+            kernel[(programs,)](
+                rows, total if residual is None else residual, total, *vectors,
+                peaks, scale, codes, M, K, peaks.numel(), inner, stride_outer, stride_inner,
+                stride_k, K * stride_k, prologue.eps,
+                NORM=prologue.norm, WEIGHT=prologue.weight is not None,
+                BIAS=prologue.bias is not None, ACTIVATION=prologue.activation,
+                SMOOTH=prologue.smooth is not None, ADD=add, MODE=mode, PARTS=PARTS,
+                **{"FMA": x.is_cuda, **chosen},
             )  # fmt: skip
 
+    add = residual is not None
     if per_token:
-        launch(scale, True, True)
-        return codes, scale.reshape(x.shape[:-1])
-    launch(scale, True, False)
-    peak = scale.amax() if len(rows) else scale.new_zeros(())
-    one = scale_of_peak(peak)
-    launch(one, False, True)
-    return codes, one
+        launch(x, scale, "token", add)
+        return codes, scale, total
+    peaks = torch.empty(programs, dtype=torch.float32, device=x.device)
+    launch(x, peaks, "peak", add)
+    if programs > PARTS:
+        peaks = peaks.amax().reshape(1)
+    launch(total if add else x, peaks, "tensor", False)
+    return codes, scale, total
+
+
+def _choose(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    prologue: Prologue,
+    per_token: bool,
+    m: int,
+    k: int,
+) -> Mapping[str, int]:
+    """The tuned configuration for m rows of length k, or that of the rule."""
+    m = size_bucket(m)
+    words = ["token" if per_token else "tensor", prologue.norm, prologue.activation]
+    words += ["smooth"] * (prologue.smooth is not None) + ["add"] * (residual is not None)
+    key = f"{m}x{k} {x.element_size()} {' '.join(words)}"
+
+    def others() -> Iterator[Mapping[str, int]]:
+        return candidates(m, k)
+
+    def run(tiles: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+        return _quantize(x, residual, prologue, per_token, tiles)
+
+    return best("dynamic_quantize", key, x.device, _rule(m, k), others, run)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule(m: int, k: int) -> Mapping[str, int]:
+    return config(m, k)
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """x, and row r at r // inner * stride_outer + r % inner * stride_inner in it.
+
+    Axes whose strides allow it count as one; x is copied where more than two remain.
+    """
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return _rows(x.contiguous())
+    if len(axes) == 2:
+        return x, axes[1][0], axes[0][1], axes[1][1]
+    return x, 1, axes[0][1] if axes else 0, 0

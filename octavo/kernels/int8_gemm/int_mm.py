@@ -34,8 +34,13 @@ def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Ten
     return epilogue(torch._int_mm(rows, w.T).reshape(*x.shape[:-1], w.shape[0]))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exact_on_cpu() -> bool:
+    return _probe()
+
+
+@functools.cache
+def _probe() -> bool:
     """Whether the largest codes of all signs come out right, for even and odd shapes.
 
     Kernels without VNNI add pairs of products in 16 bits, which saturates for large codes.

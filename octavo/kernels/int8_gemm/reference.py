@@ -20,6 +20,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu-tanh": lambda y: functional.gelu(y, approximate="tanh"),
     "silu": functional.silu,
 }
+IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu_,
+    "relu6": lambda y: y.clamp_(0, 6),
+    "gelu": torch.ops.aten.gelu_,
+    "gelu-tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
+    "silu": lambda y: functional.silu(y, inplace=True),
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,21 @@ class Epilogue:
         if self.scale_x is None or self.scale_w is None:
             return accumulator
         scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
-        y = accumulator.float() * (scale_x * self.scale_w)
+        # in place: on a CPU new memory costs as much as the arithmetic
+        y = _as_floats(accumulator).mul_(scale_x).mul_(self.scale_w)
         if self.bias is not None:
-            y = y + self.bias.float()
-        y = ACTIVATIONS[self.activation](y)
+            y.add_(self.bias)
+        y = IN_PLACE[self.activation](y)
         if self.residual is not None:
-            y = y + self.residual.float()
+            y = y.add_(self.residual)
         return y.to(self.out_dtype) if self.out_scale is None else to_int8(y, self.out_scale)
+
+
+def _as_floats(accumulator: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float32; in the memory of the accumulators where nobody is looking."""
+    if torch.compiler.is_compiling() or accumulator.device.type != "cpu":
+        return accumulator.float()
+    return accumulator.view(torch.float32).copy_(accumulator)
 
 
 def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:

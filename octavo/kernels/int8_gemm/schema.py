@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, select, why_not_triton
-from octavo.kernels.int8_gemm import int_mm, reference
+from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.int8_gemm import dequantize, int_mm, reference
+from octavo.kernels.int8_gemm.tiles import bucket
+from octavo.kernels.tracing import is_inlined
 
 __all__ = ["int8_gemm"]
 
@@ -30,8 +32,9 @@ def int8_gemm(
 ) -> torch.Tensor:
     """Multiplies int8 matrices.
 
-    Accumulators are int32 and exact. The rest is float32: y = acc * (scale_x * scale_w) + bias,
-    then the activation, then the residual, then one rounding to `out_dtype`.
+    Accumulators are int32 and exact, except those of "dequantize". The rest is float32:
+    y = acc * scale_x * scale_w + bias, then the activation, then the residual, then one rounding
+    to `out_dtype`.
 
     Args:
         x_q: activations, int8 [..., K]; any strides.
@@ -44,8 +47,10 @@ def int8_gemm(
         out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
             accumulators alone, which take no scales, bias, activation or residual.
         out_scale: float32 [], for int8 output.
-        backend: "auto", "triton", "int_mm" (torch._int_mm and the epilogue in torch) or
-            "reference"; one that is named runs or is refused.
+        backend: "auto", "triton", "int_mm" (torch._int_mm and the epilogue in torch),
+            "dequantize" (a float matrix product; sums beyond 2**24 are rounded) or "reference";
+            one that is named runs or is refused. On a GPU "auto" measures those that can run,
+            once for each shape bucket, and keeps the fastest; see `octavo.kernels.explain`.
 
     Returns:
         [..., N] of `out_dtype`.
@@ -79,9 +84,15 @@ def int8_gemm(
     floats = (torch.float16, torch.bfloat16, torch.float32)
     _check("bias", bias, [(n,)], x_q, floats)
     _check("residual", residual, [(*batch, n)], x_q, floats)
-    result: torch.Tensor = torch.ops.octavo.int8_gemm(
-        x_q, w_q, scale_x, scale_w, bias, residual, out_scale, activation, out_dtype, backend
-    )
+    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale)
+    # a compiler computes a costly activation anew for each reader, such as the two passes of the
+    # quantization that follows; called whole it is computed once
+    if is_inlined(x_q, backend) and activation in ("none", "relu", "relu6"):
+        epilogue = reference.Epilogue(*tensors[2:], activation, out_dtype)
+        if not int_mm.why_not(x_q, w_q):
+            return int_mm.int8_gemm(x_q, w_q, epilogue)
+    call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
+    result: torch.Tensor = call(*tensors, activation, out_dtype, backend)
     return result
 
 
@@ -121,15 +132,7 @@ def _check(
         raise InputError(f"{name} is on {value.device} and x_q on {x_q.device}; move one of them")
 
 
-@torch.library.custom_op(
-    "octavo::int8_gemm",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
-        "Tensor? out_scale, str activation, ScalarType out_dtype, str backend) -> Tensor"
-    ),
-)
-def _operator(
+def _run(
     x: torch.Tensor,
     w: torch.Tensor,
     scale_x: torch.Tensor | None,
@@ -144,9 +147,21 @@ def _operator(
     epilogue = reference.Epilogue(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype
     )
-    body = select("int8_gemm", _BODIES, backend, x, w, epilogue)
+    kind = _kind(x, w, epilogue) if x.is_cuda else None
+    body = select("int8_gemm", _BODIES, backend, x, w, epilogue, device=x.device, bucket=kind)
     result: torch.Tensor = body.run(x, w, epilogue)
     return result
+
+
+_operator = torch.library.custom_op(
+    "octavo::int8_gemm",
+    _run,
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
+        "Tensor? out_scale, str activation, ScalarType out_dtype, str backend) -> Tensor"
+    ),
+)
 
 
 @_operator.register_fake
@@ -171,8 +186,24 @@ def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: reference.Epilogue) -> t
     return triton.int8_gemm(x, w, epilogue)
 
 
+def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[object, ...]:
+    """What decides which body is the fastest."""
+    n, k = w.shape
+    return (
+        bucket(x.numel() // k if k else 0),
+        n,
+        k,
+        str(e.out_dtype).removeprefix("torch."),
+        e.activation,
+        "bias" if e.bias is not None else "plain",
+        "residual" if e.residual is not None else "alone",
+        "rows" if x.stride(-1) == w.stride(-1) == 1 else "strided",
+    )
+
+
 _BODIES = (
     Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
     Body("int_mm", int_mm.why_not, int_mm.int8_gemm),
-    Body("reference", lambda *_: "", reference.int8_gemm),
+    Body("reference", lambda *_: "", reference.int8_gemm, "last"),
+    Body("dequantize", dequantize.why_not, dequantize.int8_gemm, "measured"),
 )

@@ -1,0 +1,160 @@
+"""Draws results files: the roofline, and the ratio to the best peer by the number of rows.
+
+    python -m bench plots bench/results/*.json --out FOLDER
+
+Takes what `python -m bench int8_gemm` and `python -m bench.device` write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo.kernels.benchmark import Row, best_ratio
+from octavo.kernels.cases import Case, cases_of
+from octavo.kernels.store import gpu_slug
+from octavo.measure.limits import Limits
+
+COLD = "cold"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes two figures for each operator of each file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", help="results files, .json")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of the figures")
+    options = parser.parse_args(arguments)
+    drawn = 0
+    for path in options.files:
+        results = json.loads(path.read_text())["results"]
+        if not isinstance(results, dict) or "limits" not in results or not results.get("rows"):
+            print(f"{path} holds no measurements of kernels")
+            continue
+        rows = [Row(**row) for row in results["rows"]]
+        for operator in sorted({row.operator for row in rows}):
+            own = [row for row in rows if row.operator == operator and row.cache == COLD]
+            for figure in draw(own, Limits(**results["limits"]), _title(results), options.out):
+                print(figure)
+                drawn += 1
+    return 0 if drawn else 1
+
+
+def draw(rows: Sequence[Row], limits: Limits, device: str, out: Path) -> list[Path]:
+    """The figures of one operator; none without rows."""
+    if not rows:
+        return []
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{rows[0].operator}-{gpu_slug(device)}"
+    found = [out / f"{name}-roofline.png", out / f"{name}-ratio.png"]
+    if any(intensity(row) for row in rows):
+        _roofline(rows, limits, device, found[0])
+    else:
+        _bandwidth(rows, limits, device, found[0])
+    _ratio(rows, device, found[1])
+    return found
+
+
+def intensity(row: Row) -> float | None:
+    """Operations for each byte of a row's case; none for calls without operations."""
+    case = _case(row)
+    return case.operations / case.bytes if case is not None and case.operations else None
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """What follows the rows of a shape -> (rows, ratio to the best peer), fewest rows first."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        ratio = best_ratio(rows, row) if row.who == "octavo" else None
+        if ratio is not None:
+            m, _, rest = row.shape.partition("x")
+            title = rest + row.case.removeprefix(row.shape)
+            found.setdefault(title, []).append((int(m), ratio))
+    return {title: sorted(points) for title, points in found.items()}
+
+
+def _case(row: Row) -> Case | None:
+    import torch
+
+    shape = tuple(map(int, row.shape.split("x")))
+    cases = cases_of(row.operator).cases([shape], getattr(torch, row.dtype))
+    return next((case for case in cases if case.name == row.case), None)
+
+
+def _roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for who in dict.fromkeys(row.who for row in rows if row.p50_us is not None):
+        points = [
+            (intensity(row), row.tops) for row in rows if row.who == who and row.p50_us is not None
+        ]
+        drawn = [(x, y) for x, y in points if x and y]
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), "o", label=who, markersize=4)
+    span = [2.0 ** (power / 8) for power in range(-16, 113)]
+    for rate, top in limits.tops.items():
+        roof = [min(top, x * limits.copy_gbs / 1e3) for x in span]
+        axes.plot(span, roof, linewidth=1, color="0.6")
+        axes.annotate(rate, (span[-1], roof[-1]), fontsize=8, ha="right", va="bottom")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations for each byte",
+        ylabel="TOPS",
+        title=f"{rows[0].operator} on {device}, cold L2 cache; lines: limits measured in this run",
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _bandwidth(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for who in dict.fromkeys(row.who for row in rows if row.gbs):
+        points = [(case.bytes, row.gbs) for row in rows if row.who == who and (case := _case(row))]
+        drawn = [(x, y) for x, y in points if y]
+        axes.plot(*zip(*drawn, strict=True), "o", label=who, markersize=4)
+    axes.axhline(limits.copy_gbs, color="0.6", linewidth=1)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes of the call",
+        ylabel="GB/s",
+        title=f"{rows[0].operator} on {device}, cold L2 cache; line: a large copy in this run",
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _ratio(rows: Sequence[Row], device: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for title, points in ratios(rows).items():
+        axes.plot(*zip(*points, strict=True), "o-", label=title, markersize=4, linewidth=1)
+    axes.axhline(1.0, color="0.6", linewidth=1)
+    axes.set(
+        xscale="log",
+        xlabel="rows (M)",
+        ylabel="speed over that of the best peer",
+        title=f"{rows[0].operator} on {device}, cold L2 cache",
+    )
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    device = results["device"]
+    return str(device["gpu"] if isinstance(device, dict) else device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

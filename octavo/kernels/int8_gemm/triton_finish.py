@@ -1,0 +1,75 @@
+"""What a Triton kernel does with a tile of accumulators: scales, bias, activation, residual."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.triton_epilogue import activate
+from octavo.kernels.triton_rounding import to_int8
+
+__all__ = ["finish", "finish_pieces"]
+
+
+@triton.jit
+def finish(
+    acc, rows, cols, M, N,
+    out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of accumulators int32 [rows, cols], and its store; see `reference.Epilogue`."""
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    there = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    if RAW:
+        tl.store(out_ptr + there, acc, mask=inside)
+    else:
+        if TOKEN:
+            scale_x = tl.load(scale_x_ptr + rows, mask=rows < M, other=0.0)
+        else:
+            scale_x = tl.load(scale_x_ptr + tl.zeros_like(rows))
+        if CHANNEL:
+            scale_w = tl.load(scale_w_ptr + cols, mask=cols < N, other=0.0)
+        else:
+            scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
+        y = acc.to(tl.float32) * scale_x[:, None] * scale_w[None, :]
+        if BIAS:
+            y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        y = activate(y, ACTIVATION)
+        if RESIDUAL:
+            y += tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        if REQUANTIZE:
+            y = to_int8(y, tl.load(out_scale_ptr))
+        tl.store(out_ptr + there, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_pieces(
+    acc, rows, first_col, M, N,
+    out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a wide tile by halves or quarters, which need fewer registers at a time."""
+    if PIECES == 1:
+        finish(
+            acc, rows, first_col + tl.arange(0, BLOCK_N), M, N,
+            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION,
+        )  # fmt: skip
+    else:
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        finish_pieces(
+            left, rows, first_col, M, N,
+            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION,
+            BLOCK_M, BLOCK_N // 2, PIECES // 2,
+        )  # fmt: skip
+        finish_pieces(
+            right, rows, first_col + BLOCK_N // 2, M, N,
+            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION,
+            BLOCK_M, BLOCK_N // 2, PIECES // 2,
+        )  # fmt: skip

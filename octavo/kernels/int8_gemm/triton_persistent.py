@@ -1,0 +1,41 @@
+"""The persistent kernel: a program a processor, tiles in turn, operands through TMA (sm_90 on)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.int8_gemm.triton_finish import finish_pieces
+from octavo.kernels.int8_gemm.triton_order import tile_of
+
+__all__ = ["persistent_kernel"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def persistent_kernel(
+    x_desc, w_desc, out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    M, N, K,
+    TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Tiles i, i + programs, i + 2 * programs, ... of the output.
+
+    Descriptors give zeros beyond the end of a matrix, so that no load has a mask.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+        for step in range(steps):
+            x = x_desc.load([tile_m * BLOCK_M, step * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([tile_n * BLOCK_N, step * BLOCK_K])  # [BLOCK_N, BLOCK_K]
+            acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+        finish_pieces(
+            acc, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N, M, N,
+            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION,
+            BLOCK_M, BLOCK_N, PIECES,
+        )  # fmt: skip

@@ -1,0 +1,19 @@
+"""The oracle: plain torch, bit for bit what the kernel computes; also the path of CPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.kernels.rounding import QMAX, QMIN, to_int8
+
+__all__ = ["static_quantize"]
+
+
+def static_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """See `schema.static_quantize`."""
+    if torch.compiler.is_compiling():
+        return to_int8(x.detach().float(), scale)
+    ratio = x.detach().float() / scale
+    # NaN does not survive the conversion in a defined way; all of it in place, which is faster
+    codes = ratio.round_().nan_to_num_(nan=QMIN).clamp_(QMIN, QMAX).to(torch.int8)
+    return codes.contiguous()

@@ -1,0 +1,1 @@
+"""Float activations times packed integer weights."""

@@ -1,0 +1,116 @@
+"""Weight-only products worth measuring: decoding with few rows, where weights set the pace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.weight_only_gemm.reference import Weight
+from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
+
+__all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
+
+AXES = "MxNxK"
+BACKENDS = ("triton", "dequantize")
+ROWS = (1, 16, 64, 4, 256, 8, 32, 128, 2)
+LAYERS = (  # N, K
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (6144, 4096),
+    (3072, 768),
+    (8192, 28672),
+    (768, 3072),
+    (4096, 1024),
+    (768, 768),
+)
+FORMS = ((4, 128, False), (8, None, False), (4, 32, False), (4, 64, True))
+"""Bits, group size, and whether there are zero points."""
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def cases(
+    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
+) -> list[Case]:
+    """Every shape with the forms that its K allows; M x N x K."""
+    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LAYERS)]
+    return [
+        _case(m, n, k, dtype or torch.bfloat16, *form)
+        for form in FORMS
+        for m, n, k in chosen
+        if k % (form[1] or 1) == 0
+    ]
+
+
+def small_shapes() -> list[tuple[int, ...]]:
+    """Layers of a small transformer."""
+    return [(1, 768, 768), (16, 768, 768), (16, 3072, 768)]
+
+
+def _case(
+    m: int, n: int, k: int, dtype: torch.dtype, bits: int, group: int | None, asymmetric: bool
+) -> Case:
+    def make(device: torch.device) -> dict[str, Any]:
+        random = torch.Generator(device).manual_seed(m + n + k)
+        options: dict[str, Any] = {"generator": random, "device": device}
+        width = (k * bits + 7) // 8
+        packed = torch.randint(0, 256, (n, width), dtype=torch.uint8, **options)
+        shape = (n,) if group is None else (n, k // group)
+        arguments: dict[str, Any] = {
+            "x": torch.randn(m, k, **options).to(dtype),
+            "w_packed": packed.view(torch.int8) if bits == 8 and not asymmetric else packed,
+            "scale": ((torch.rand(shape, **options) + 1) / (2**bits * k**0.5)).to(dtype),
+            "bits": bits,
+            "group_size": group,
+        }
+        if asymmetric:
+            arguments["zero_point"] = torch.randint(0, 2**bits, shape, dtype=torch.uint8, **options)
+        return arguments
+
+    groups = 1 if group is None else k // group
+    weights = n * k * bits // 8 + n * groups * (dtype.itemsize + asymmetric)
+    title = f"int{bits}" + ("" if group is None else f" g{group}") + (" zero" * asymmetric)
+    return Case(
+        operator="weight_only_gemm",
+        name=f"{m}x{n}x{k} {SHORT[dtype]} {title}",
+        shape=(m, n, k),
+        dtype=dtype,
+        bytes=weights + (m * k + m * n) * dtype.itemsize,
+        operations=2 * m * n * k,
+        rate=str(dtype).removeprefix("torch."),
+        tolerance=TOLERANCES[dtype],
+        make=make,
+        run=weight_only_gemm,
+        by_row=("x", "residual"),
+    )
+
+
+def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
+    """Float linear layers with the weights that the codes stand for."""
+    m, n, k = case.shape
+    weight = Weight(
+        arguments["w_packed"],
+        arguments["scale"],
+        arguments.get("zero_point"),
+        arguments["bits"],
+        arguments["group_size"],
+    )
+    w = weight.dequantize(k).to(case.dtype)
+    x = arguments["x"]
+
+    def linear() -> torch.Tensor:
+        return functional.linear(x, w)
+
+    moved = (m * k + n * k + m * n) * case.dtype.itemsize
+    tolerance = 2 * TOLERANCES[case.dtype]
+    title = f"F.linear {SHORT[case.dtype]}"
+    found = [Call(title, linear, tolerance, moved)]
+    if compiled:
+        found.append(Call(f"{title} Inductor", inductor(linear, x.device), tolerance, moved))
+    return found

@@ -1,0 +1,203 @@
+"""Cases: seeded, checked against the reference, and honest about bytes and operations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.core.errors import InputError, UnsupportedError
+from octavo.kernels.benchmark import Row, best_ratio, measure_case
+from octavo.kernels.cases import OPERATORS, Call, Case, by_importance, cases_of, parse_shape
+from octavo.measure.limits import Limits
+
+CPU = torch.device("cpu")
+LIMITS = Limits(10.0, {"int8": 1.0, "float32": 0.1})
+SHAPES = {
+    "int8_gemm": (17, 64, 96),
+    "dynamic_quantize": (17, 96),
+    "weight_only_gemm": (3, 64, 128),
+    "static_quantize": (17, 96),
+}
+every_operator = pytest.mark.parametrize("operator", OPERATORS)
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels have tests of their own, and are slow without a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def small(operator: str) -> list[Case]:
+    return cases_of(operator).cases([SHAPES[operator]], torch.float32)
+
+
+@every_operator
+def test_registered_cases_are_many_and_named_apart(operator: str) -> None:
+    cases = cases_of(operator).cases()
+    assert len({case.name for case in cases}) == len(cases) > 50
+    for case in cases:
+        assert case.operator == operator
+        assert case.bytes > 0
+        assert len(case.shape) == len(cases_of(operator).AXES.split("x"))
+
+
+def test_the_shapes_of_the_plan_are_there() -> None:
+    shapes = {case.shape for case in cases_of("int8_gemm").cases()}
+    layers = {(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096), (4096, 6144)}
+    layers |= {(4096, 28672), (14336, 4096), (8192, 8192), (28672, 8192)}
+    rows = (1, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    assert shapes == {(m, n, k) for m in rows for k, n in layers}
+
+
+def test_bytes_and_operations_by_hand() -> None:
+    bare, fused = cases_of("int8_gemm").cases([(2, 3, 5)], torch.bfloat16)
+    assert bare.bytes == 2 * 5 + 3 * 5 + 2 * 3 * 2 + 4 * 2 + 4 * 3
+    assert fused.bytes == bare.bytes + 4 * 3
+    assert bare.operations == fused.operations == 2 * 2 * 3 * 5
+    plain, smooth = cases_of("dynamic_quantize").cases([(2, 8)], torch.float16)
+    assert plain.bytes == 2 * 8 * 2 + 2 * 8 + 4 * 2
+    assert smooth.bytes == plain.bytes + 4 * 8
+    one, channels = cases_of("static_quantize").cases([(2, 8)], torch.float16)
+    assert one.bytes == 2 * 8 * 2 + 2 * 8 + 4
+    assert channels.bytes == one.bytes + 4 * 7
+    grouped = cases_of("weight_only_gemm").cases([(1, 4, 256)], torch.float16)[0]
+    assert grouped.bytes == 4 * 256 // 2 + 4 * 2 * 2 + (256 + 4) * 2
+
+
+@every_operator
+def test_arguments_are_seeded_and_fit_the_operator(operator: str) -> None:
+    for case in small(operator):
+        one, two = case.make(CPU), case.make(CPU)
+        for name, value in one.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, two[name]), name
+                assert value.ndim == 0 or value.float().std() > 0
+        assert case.check(one)(case.run(**one), case.tolerance) == ""
+
+
+@every_operator
+def test_every_baseline_agrees_with_the_reference(operator: str) -> None:
+    for case in small(operator):
+        arguments = case.make(CPU)
+        compare = case.check(arguments)
+        calls = cases_of(operator).baselines(case, arguments, compiled=False)
+        assert calls
+        for call in calls:
+            assert compare(call.run(), call.tolerance) == "", call.name
+
+
+@every_operator
+@pytest.mark.parametrize("row", [0, 8, -1])
+def test_a_wrong_row_is_found(operator: str, row: int) -> None:
+    case = small(operator)[0]
+    arguments = case.make(CPU)
+    result = case.run(**arguments)
+    values = result[0] if isinstance(result, tuple) else result
+    values[row % len(values)] += 1
+    problem = case.check(arguments)(result, case.tolerance)
+    assert problem.startswith(("its relative error is", "one of its values is off by"))
+
+
+def test_what_a_check_says() -> None:
+    case = small("int8_gemm")[0]
+    compare, result = case.check(case.make(CPU)), case.run(**case.make(CPU))
+    assert compare(result[:, :-1], 1.0) == "it gives [17, 63]"
+    assert compare((result, result), 1.0) == "it gives 2 tensors, not 1"
+    assert compare(result * float("nan"), 1.0) == "it holds values that are not finite"
+    # one value alone hardly moves the norm
+    result[3, 3] += 0.02 * float(result.abs().max())
+    assert compare(result, 0.001) != ""
+
+
+def test_large_results_are_checked_by_rows_of_every_part() -> None:
+    case = cases_of("dynamic_quantize").cases([(1000, 4)], torch.float32)[0]
+    arguments = case.make(CPU)
+    codes, scale = case.run(**arguments)
+    codes[500:506] = 0
+    assert case.check(arguments)((codes, scale), 0.0) != ""
+
+
+def test_measuring_checks_first() -> None:
+    case = small("int8_gemm")[0]
+    timed: list[str] = []
+
+    def peers(_case: Case, _arguments: Any) -> list[Call]:
+        def wrong() -> torch.Tensor:
+            timed.append("wrong")
+            return torch.zeros(17, 64)
+
+        def broken() -> torch.Tensor:
+            raise RuntimeError("no such kernel\nmore")
+
+        return [Call("wrong", wrong, 0.1), Call("broken", broken, 0.1)]
+
+    rows = measure_case(case, CPU, LIMITS, peers=peers, caches=("warm",), samples=2, seconds=0.01)
+    by_name = {row.who: row for row in rows}
+    assert by_name["wrong"].note.startswith("WRONG: its relative error is 1")
+    assert by_name["wrong"].p50_us is None
+    assert timed == ["wrong"], "it ran for the check alone"
+    assert by_name["broken"].note == "RuntimeError: no such kernel"
+    ours = by_name["octavo"]
+    assert ours.p50_us is not None
+    assert ours.p50_us > 0
+    assert ours.note.startswith("int8_gemm: ")
+    assert ours.tops == pytest.approx(case.operations / ours.p50_us / 1e6, rel=1e-3)
+    assert ours.limit_percent == pytest.approx(
+        LIMITS.percent(case.bytes, case.operations, "int8", ours.p50_us), abs=0.01
+    )
+    linear = by_name["F.linear fp32"]
+    assert not linear.ours
+    assert linear.gbs == pytest.approx(
+        (17 * 96 + 64 * 96 + 17 * 64) * 4 / (linear.p50_us or 1) / 1e3, rel=1e-3
+    )
+
+
+def test_cold_and_warm_are_rows_of_their_own() -> None:
+    case = small("dynamic_quantize")[0]
+    rows = measure_case(case, CPU, LIMITS, samples=1, seconds=0.001)
+    assert [row.cache for row in rows if row.who == "octavo"] == ["cold", "warm"]
+
+
+def test_the_ratio_is_to_the_best_of_the_same_case_and_cache() -> None:
+    row = Row("op", "a", "1", "float32", "octavo", True, "cold", 1.0, 2.0, 3.0)
+    others = [
+        dataclasses.replace(row, who="slow", ours=False, p50_us=9.0),
+        dataclasses.replace(row, who="quick", ours=False, p50_us=5.0),
+        dataclasses.replace(row, who="warm", ours=False, p50_us=1.0, cache="warm"),
+        dataclasses.replace(row, who="other", ours=False, p50_us=1.0, case="b"),
+        dataclasses.replace(row, who="ours", p50_us=1.0),
+        dataclasses.replace(row, who="broken", ours=False, p50_us=None),
+    ]
+    assert best_ratio([row, *others], row) == 2.5
+    assert best_ratio([row], row) is None
+
+
+def test_importance_takes_the_earlier_of_both_first() -> None:
+    pairs = by_importance((16, 1), ((8,), (4,)))
+    assert pairs == [(16, (8,)), (16, (4,)), (1, (8,)), (1, (4,))]
+
+
+def test_shapes_as_text() -> None:
+    assert parse_shape("16x4096X768", "MxNxK") == (16, 4096, 768)
+    for text in ("16x4", "16x4xK", "16x-4x8", ""):
+        with pytest.raises(InputError, match="is not of the form MxNxK"):
+            parse_shape(text, "MxNxK")
+    with pytest.raises(InputError, match="shape '16x0' is empty; give sizes from 1"):
+        parse_shape("16x0", "MxK")
+
+
+def test_unknown_operators_are_refused() -> None:
+    with pytest.raises(InputError, match="no operator 'conv'; choose from int8_gemm, dynamic_qua"):
+        cases_of("conv")
+
+
+def test_named_bodies_say_why_they_cannot_run() -> None:
+    case = small("int8_gemm")[0]
+    with pytest.raises(UnsupportedError, match="backend 'triton' of int8_gemm cannot run this"):
+        case.run(**case.make(CPU), backend="triton")
+    rows = measure_case(case, CPU, LIMITS, caches=("warm",), samples=1, seconds=0.001)
+    reason = next(row.note for row in rows if row.who == "octavo triton")
+    assert "the tensors are on the CPU" in reason

@@ -1,0 +1,380 @@
+"""Who runs: by order on a CPU, by measurement on a GPU; one asked for by name, or nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import FACTS, GPU, FakeGpu
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from octavo import kernels
+from octavo.core.errors import InputError, OctavoError, OctavoWarning, UnsupportedError
+from octavo.kernels import dispatch, explain, int8_gemm, store
+from octavo.kernels.dispatch import Body, select
+from octavo.kernels.int8_gemm import dequantize, schema
+from octavo.kernels.int8_gemm.reference import Epilogue
+
+CPU = torch.device("cpu")
+
+
+def body(name: str, reason: str = "", role: Any = "any", result: Any = 1.0) -> Body:
+    def run(*_arguments: object) -> torch.Tensor:
+        if isinstance(result, Exception):
+            raise result
+        return torch.full((2,), result)
+
+    return Body(name, lambda *_: reason, run, role)
+
+
+ALL = (
+    body("triton"),
+    body("int_mm"),
+    body("reference", role="last"),
+    body("float", "", "measured"),
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    fake = FakeGpu(monkeypatch, tmp_path)
+    fake.times = {"triton": 3.0, "int_mm": 2.0, "float": 5.0, "reference": 90.0}
+    return fake
+
+
+def auto(bodies: Any = ALL, bucket: Any = (64, "bf16"), device: torch.device = GPU) -> str:
+    return select("int8_gemm", bodies, "auto", device=device, bucket=bucket).name
+
+
+def test_the_fastest_runs_and_its_time_is_told(gpu: FakeGpu) -> None:
+    assert auto() == "int_mm"
+    assert "reference" not in gpu.timed, "the oracle competes only where nothing else can run"
+    found = explain("int8_gemm")
+    assert found.body == "int_mm"
+    assert dict(found.microseconds) == {"int_mm": 2.0, "triton": 3.0, "float": 5.0}
+    assert str(found) == "int8_gemm: int_mm, 2.0 us (triton took 3.0 us; float took 5.0 us)"
+
+
+def test_it_is_measured_once(gpu: FakeGpu) -> None:
+    auto()
+    times = len(gpu.timed)
+    gpu.times["triton"] = 1.0
+    assert auto() == "int_mm"
+    gpu.forget()
+    assert auto() == "int_mm", "from the file"
+    assert len(gpu.timed) == times
+    assert auto(bucket=(128, "bf16")) == "triton"
+    entries = gpu.document()["entries"]
+    assert set(entries) == {
+        "64-bf16 of triton, int_mm, float",
+        "128-bf16 of triton, int_mm, float",
+    }
+
+
+def test_a_winner_that_cannot_run_the_next_call_is_not_taken(gpu: FakeGpu) -> None:
+    assert auto() == "int_mm"
+    without = (body("triton"), body("int_mm", "M is 3"), *ALL[2:])
+    assert auto(without) == "triton"
+    assert explain("int8_gemm").passed_over == (("int_mm", "M is 3"),)
+    assert "int_mm not: M is 3" in str(explain("int8_gemm"))
+
+
+def test_the_oracle_competes_where_no_kernel_runs(gpu: FakeGpu) -> None:
+    none = (body("triton", "no"), body("int_mm", "no"), *ALL[2:])
+    assert auto(none) == "float"
+    gpu.times["reference"] = 1.0
+    assert auto(none, bucket=("another",)) == "reference"
+
+
+def test_one_that_fails_or_is_wrong_loses(gpu: FakeGpu) -> None:
+    bodies = (body("triton"), body("int_mm", result=RuntimeError("no memory")), *ALL[2:])
+    gpu.times["float"] = 1.0
+    bodies = (*bodies[:3], body("float", "", "measured", result=7.0))
+    assert auto(bodies) == "triton"
+    failed = dict(explain("int8_gemm").passed_over)
+    assert failed == {
+        "int_mm": "failed: RuntimeError: no memory",
+        "float": "failed: its result differs from the first candidate's",
+    }
+
+
+def test_all_failing_is_an_error(gpu: FakeGpu) -> None:
+    bad = RuntimeError("no kernel image")
+    with pytest.raises(OctavoError, match=r"no candidate for int8_gemm .* runs: .*no kernel image"):
+        auto((body("a", result=bad), body("b", result=bad)))
+
+
+@pytest.mark.parametrize("how", ["capture", "tracing", "OCTAVO_TUNE"])
+def test_where_nothing_can_be_measured_the_rule_decides(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    reason = {
+        "capture": "a CUDA graph is being captured",
+        "tracing": "torch.compile is tracing",
+        "OCTAVO_TUNE": "OCTAVO_TUNE=0",
+    }[how]
+    with monkeypatch.context() as patch:
+        if how == "capture":
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        elif how == "tracing":
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        else:
+            patch.setenv("OCTAVO_TUNE", "0")
+        assert auto() == "triton"
+        assert str(explain("int8_gemm")) == (f"int8_gemm: triton (by rule, not measured: {reason})")
+    assert gpu.timed == []
+    assert auto() == "int_mm", "later it is measured"
+
+
+def test_a_file_counts_inside_a_capture(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto()
+    gpu.forget()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert auto() == "int_mm"
+
+
+def test_one_candidate_needs_no_measurement(gpu: FakeGpu) -> None:
+    assert auto((body("triton"), body("reference", role="last"))) == "triton"
+    assert auto(bucket=None) == "triton"
+    assert gpu.timed == []
+
+
+def test_a_name_never_gives_another(gpu: FakeGpu) -> None:
+    assert select("int8_gemm", ALL, "triton", device=GPU, bucket=(1,)).name == "triton"
+    assert gpu.timed == []
+    refusing = (body("triton", "too old"), *ALL[1:])
+    with pytest.raises(UnsupportedError, match=r"backend 'triton' .* cannot run this: too old"):
+        select("int8_gemm", refusing, "triton", device=GPU, bucket=(1,))
+    with pytest.raises(InputError, match="choose from auto, triton, int_mm, reference, float"):
+        select("int8_gemm", ALL, "cuda")
+
+
+def test_on_a_cpu_the_order_decides_and_inexact_ones_are_left_out(gpu: FakeGpu) -> None:
+    assert auto(device=CPU) == "triton"
+    refusing = (body("triton", "no"), body("float", "", "measured"), body("reference", role="last"))
+    assert auto(refusing, device=CPU) == "reference"
+    assert str(explain("int8_gemm")) == "int8_gemm: reference (triton not: no)"
+    with pytest.raises(UnsupportedError, match="nothing can run int8_gemm: "):
+        auto((body("triton", "no"),), device=CPU)
+
+
+def test_versions_of_torch_have_choices_of_their_own(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto()
+    monkeypatch.setattr(store, "device_facts", lambda _device: {**FACTS, "torch": "3.0"})
+    gpu.forget()
+    gpu.times["triton"] = 1.0
+    assert auto() == "triton"
+    assert len(gpu.files()) == 2
+
+
+def test_a_damaged_file_is_told_and_rebuilt(gpu: FakeGpu) -> None:
+    auto()
+    (path,) = gpu.files()
+    path.write_text(path.read_text()[:-40])
+    gpu.forget()
+    with pytest.warns(OctavoWarning, match="is not used, since it is not JSON"):
+        assert auto() == "int_mm"
+    assert json.loads(path.read_text())["entries"]
+
+
+def test_triton_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: False)
+    assert dispatch.why_not_triton(torch.ones(1)) == "triton is not installed"
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "Triton has no compiler" in dispatch.why_not_triton(torch.ones(1))
+    assert dispatch.why_not_triton(torch.ones(1, device="meta")) == "the tensors are on meta"
+
+
+def epilogue(out_dtype: torch.dtype, m: int, n: int) -> Epilogue:
+    random = torch.Generator().manual_seed(m)
+    return Epilogue(
+        torch.rand(m, generator=random) * 1e-3,
+        torch.rand(n, generator=random) * 1e-2,
+        torch.randn(n, generator=random),
+        None,
+        None,
+        "relu",
+        out_dtype,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 33, 63), (5, 8, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_codes_as_floats_give_the_same(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    m, n, k = shape
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (m, k), generator=random, dtype=torch.int8)
+    w = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
+    e = epilogue(dtype, m, n)
+    exact = (x.double() @ w.double().T) * e.scale_x.double()[:, None] * e.scale_w.double()
+    exact = (exact + e.bias.double()).relu()
+    found = int8_gemm(
+        x, w, e.scale_x, e.scale_w, bias=e.bias, activation="relu", out_dtype=dtype,
+        backend="dequantize",
+    )  # fmt: skip
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact, rtol=2 * step, atol=2e-6)
+
+
+def test_codes_as_floats_refuse_what_must_be_exact() -> None:
+    x = torch.ones(2, 4, dtype=torch.int8)
+    with pytest.raises(UnsupportedError, match="accumulators are floats, which are not exact eno"):
+        int8_gemm(x, x, out_dtype=torch.int32, backend="dequantize")
+    one = torch.tensor(1.0)
+    with pytest.raises(UnsupportedError, match=r"not exact enough for torch\.int8"):
+        int8_gemm(x, x, one, one, out_dtype=torch.int8, out_scale=one, backend="dequantize")
+    with pytest.raises(UnsupportedError, match="there is nothing to multiply"):
+        int8_gemm(x[:0], x, one, one, backend="dequantize")
+    raw = Epilogue(None, None, None, None, None, "none", torch.float32)
+    assert "are on meta" in dequantize.why_not(x.to("meta"), x.to("meta"), raw)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_plain_calls_skip_the_operator_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3, 4, dtype=torch.int8)
+    one = torch.tensor(1.0)
+    seen: list[bool] = []
+    plain = dispatch.is_plain_call
+
+    def watch(*tensors: Any) -> bool:
+        seen.append(plain(*tensors))
+        return seen[-1]
+
+    monkeypatch.setattr(schema, "is_plain_call", watch)
+
+    def call(scale: torch.Tensor = one, x: torch.Tensor = x) -> torch.Tensor:
+        return int8_gemm(x, x, scale, scale, out_dtype=torch.float32, backend="reference")
+
+    expected = call()
+    assert seen == [True]
+    needs = torch.tensor(1.0, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(call(needs), expected)
+    assert seen == [True, True]
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        call(needs).sum().backward()
+    with FakeTensorMode() as mode:
+        call(mode.from_tensor(one), mode.from_tensor(x))
+    make_fx(lambda scale: call(scale))(one)
+    torch.jit.trace(call, (one,), check_trace=False)
+    torch.func.grad(lambda z: call().sum() * z)(one)
+    with torch.device("cpu"):
+        call()
+    assert seen[2:] == [False] * (len(seen) - 2)
+    assert len(seen) >= 7
+
+
+def test_what_is_a_plain_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, x = dispatch.is_plain_call, torch.ones(2)
+    assert plain(x, None, torch.nn.Parameter(x, requires_grad=False))
+    with torch.inference_mode():
+        assert plain(torch.ones(2), torch.nn.Parameter(x))
+    assert not plain(x.to("meta"))
+    assert not plain(torch.ones(2, dtype=torch.complex64).conj().imag), "its sign is to come"
+
+    class Sub(torch.Tensor):
+        pass
+
+    assert not plain(x.as_subclass(Sub))
+    with FlopCounterMode(display=False):
+        assert not plain(x)
+    seen: list[bool] = []
+    torch.vmap(lambda one: seen.append(plain(one)) or one)(x)
+    assert seen == [False]
+    monkeypatch.delattr(torch._C, "_get_tracing_state")
+    assert dispatch._watchers() == ()
+    monkeypatch.setattr(dispatch, "_WATCHERS", ())
+    assert not plain(x), "a torch that cannot tell takes the operator"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["dynamic_quantize", "static_quantize", "weight_only_gemm"])
+def test_every_operator_gives_the_same_when_it_is_seen(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, generator=random)
+    call: Any = {
+        "dynamic_quantize": lambda x: kernels.dynamic_quantize(x, backend="reference"),
+        "static_quantize": lambda x: kernels.static_quantize(x, torch.tensor(0.1)),
+        "weight_only_gemm": lambda x: kernels.weight_only_gemm(
+            x, torch.ones(3, 8, dtype=torch.int8), torch.ones(3), bits=8, backend="reference"
+        ),
+    }[name]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    expected = call(x)
+    module = importlib.import_module(f"octavo.kernels.{name}.schema")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "is_plain_call", lambda *_: False)
+        torch.testing.assert_close(call(x), expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(call(x.clone().requires_grad_()), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.vmap(call)(x[:, None]), call(x[:, None]))
+    assert name in str(make_fx(call)(x).code)
+    with FakeTensorMode() as mode:
+        assert isinstance(pytree.tree_leaves(call(mode.from_tensor(x)))[0], FakeTensor)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracers_see_the_operator() -> None:
+    x, one = torch.ones(3, 4, dtype=torch.int8), torch.tensor(1.0)
+
+    def call(scale: torch.Tensor) -> torch.Tensor:
+        return int8_gemm(x, x, one, scale, out_dtype=torch.float32, backend="reference")
+
+    traced = torch.jit.trace(call, (torch.tensor(3.0),), check_trace=False)
+    assert "octavo::int8_gemm" in str(traced.graph)
+    assert torch.equal(traced(one * 2), call(one * 2))
+    assert "octavo.int8_gemm" in make_fx(call)(one).code
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(one), call(one))
+
+
+def test_what_makes_int8_products_alike() -> None:
+    def kind(m: int, n: int = 8, dtype: torch.dtype = torch.float16, **options: Any) -> Any:
+        x, w = torch.ones(m, 16, dtype=torch.int8), torch.ones(n, 16, dtype=torch.int8)
+        e = epilogue(dtype, m, n)
+        return schema._kind(x, w, dataclasses.replace(e, **options))
+
+    assert kind(17) == kind(32)
+    assert kind(2) == kind(16)
+    different = [kind(1), kind(16), kind(17), kind(33), kind(17, 9), kind(17, 8, torch.float32)]
+    different += [kind(17, activation="gelu"), kind(17, bias=None)]
+    assert len(set(different)) == len(different)
+    empty = torch.ones(2, 0, dtype=torch.int8)
+    assert schema._kind(empty, empty, epilogue(torch.float16, 2, 2))[0] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_real_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("OCTAVO_TUNE", raising=False)
+    x = torch.randint(-128, 128, (64, 256), dtype=torch.int8, device="cuda")
+    one = torch.tensor(0.01, device="cuda")
+    found = int8_gemm(x, x, one, one)
+    decision = explain("int8_gemm")
+    assert len(decision.microseconds) >= 2
+    assert decision.body == min(decision.microseconds, key=lambda pair: pair[1])[0]
+    torch.testing.assert_close(
+        found, int8_gemm(x, x, one, one, backend="reference"), rtol=2e-3, atol=1e-3
+    )
+    graph = torch.cuda.CUDAGraph()
+    y = torch.randint(-128, 128, (128, 256), dtype=torch.int8, device="cuda")
+    int8_gemm(y, x, one, one, backend="triton")  # compiled outside the capture
+    with torch.cuda.graph(graph):
+        int8_gemm(y, x, one, one)
+    assert explain("int8_gemm").note == "a CUDA graph is being captured"

@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from octavo.core.errors import OctavoError, OctavoWarning
     from octavo.engines.backend import Profile
     from octavo.engines.engine import Engine
+    from octavo.layers.checkpoint import load_quantized, save_quantized
+    from octavo.layers.recipes import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
     from octavo.pipelines.build import build, load
     from octavo.pipelines.calibrate import calibrate
     from octavo.pipelines.compare import compare
+    from octavo.pipelines.quantize import quantize
 
 __all__ = [
     "CalibrationTable",
     "Engine",
+    "Int4WeightOnly",
+    "Int8Dynamic",
+    "Int8Static",
+    "Int8WeightOnly",
     "OctavoError",
     "OctavoWarning",
     "Profile",
@@ -33,12 +40,19 @@ __all__ = [
     "compare",
     "load",
     "load_data",
+    "load_quantized",
+    "quantize",
     "random_batches",
+    "save_quantized",
 ]
 
 _HOME = {
     "CalibrationTable": "octavo.calibration.table",
     "Engine": "octavo.engines.engine",
+    "Int4WeightOnly": "octavo.layers.recipes",
+    "Int8Dynamic": "octavo.layers.recipes",
+    "Int8Static": "octavo.layers.recipes",
+    "Int8WeightOnly": "octavo.layers.recipes",
     "OctavoError": "octavo.core.errors",
     "OctavoWarning": "octavo.core.errors",
     "Profile": "octavo.engines.backend",
@@ -47,7 +61,10 @@ _HOME = {
     "compare": "octavo.pipelines.compare",
     "load": "octavo.pipelines.build",
     "load_data": "octavo.calibration.data",
+    "load_quantized": "octavo.layers.checkpoint",
+    "quantize": "octavo.pipelines.quantize",
     "random_batches": "octavo.calibration.data",
+    "save_quantized": "octavo.layers.checkpoint",
 }
 
 

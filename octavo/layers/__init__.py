@@ -1,1 +1,19 @@
 """Modules that compute in eight bits, and what puts them in the place of float ones."""
+
+from octavo.layers.attention import MultiheadAttention
+from octavo.layers.linear import Int8Linear
+from octavo.layers.recipes import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
+from octavo.layers.recurrent import Int8GRU, Int8LSTM
+from octavo.layers.weight_only import WeightOnlyLinear
+
+__all__ = [
+    "Int4WeightOnly",
+    "Int8Dynamic",
+    "Int8GRU",
+    "Int8LSTM",
+    "Int8Linear",
+    "Int8Static",
+    "Int8WeightOnly",
+    "MultiheadAttention",
+    "WeightOnlyLinear",
+]

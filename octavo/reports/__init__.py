@@ -9,6 +9,7 @@ from octavo.reports.headline import headline
 from octavo.reports.html import write_html
 from octavo.reports.jsonfile import SCHEMA_VERSION, write_json
 from octavo.reports.plots import write_plots
+from octavo.reports.swaps import print_swaps
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -16,6 +17,7 @@ __all__ = [
     "print_comparison",
     "print_layers",
     "print_report",
+    "print_swaps",
     "print_trials",
     "write_html",
     "write_json",

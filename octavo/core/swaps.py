@@ -1,0 +1,50 @@
+"""What became of the layers of a model that was quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LayerSwap", "SwapSummary"]
+
+
+@dataclass(frozen=True)
+class LayerSwap:
+    """One layer.
+
+    Attributes:
+        name: in `named_modules()`.
+        kind: class of the float layer.
+        became: what it is now ("int8 dynamic"); empty if it stayed.
+        detail: settings that were chosen for it, or why it stayed.
+        sqnr_db: of its output on calibration rows, in decibels; None where it was not measured.
+        bytes_before: of its parameters.
+        bytes_after: of its parameters and buffers now.
+    """
+
+    name: str
+    kind: str
+    became: str
+    detail: str
+    sqnr_db: float | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class SwapSummary:
+    """All layers with weights, in the order of `named_modules()`.
+
+    Attributes:
+        layers: one entry a layer.
+        bytes_before: of all parameters and buffers of the float model.
+        bytes_after: of those of the quantized one.
+    """
+
+    layers: tuple[LayerSwap, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def swapped(self) -> int:
+        """Number of layers that changed."""
+        return sum(bool(layer.became) for layer in self.layers)

@@ -1,0 +1,173 @@
+"""nn.Linear in eight bits: int8 weights, and activations quantized as they come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.core.errors import InputError
+from octavo.kernels import dynamic_quantize, int8_gemm, static_quantize
+from octavo.layers.module import QuantizedModule
+from octavo.quant import PerChannel, choose_qparams, quantize
+
+__all__ = ["Int8Linear", "compute_dtype"]
+
+
+class Int8Linear(QuantizedModule):
+    """y = activation(x @ W.T + b), with W and x in int8 and sums in int32.
+
+    Weights are symmetric with a scale an output channel. Activations are symmetric: dynamic, with
+    a scale a token found at run time, or static, with one calibrated scale.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one.
+        smooth: whether x is divided by a factor an input channel, which the weights are
+            multiplied with (SmoothQuant, arXiv 2211.10438).
+        static: whether the scale of x is a calibrated number.
+        activation: what follows, as in `octavo.kernels.int8_gemm`.
+        device: of the buffers.
+        dtype: of the bias.
+
+    Attributes:
+        weight: int8 [N, K].
+        weight_scale: float32 [N].
+        bias: [N], or None.
+        smooth: float32 [K], or None; for a static layer it includes the scale of x.
+        input_scale: float32 [], or None for a dynamic layer.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+    smooth: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    float32 = ("weight_scale", "smooth", "input_scale")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        smooth: bool = False,
+        static: bool = False,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.activation = activation
+        n, k = out_features, in_features
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.ones(shape, dtype=torch.float32, device=device)
+
+        self.register_buffer("weight", torch.zeros((n, k), dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", floats(n))
+        self.register_buffer("bias", torch.zeros(n, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("smooth", floats(k) if smooth else None)
+        self.register_buffer("input_scale", floats() if static else None)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        *,
+        smooth: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+        activation: str = "none",
+    ) -> Int8Linear:
+        """Quantizes the weights of a float layer, which is not changed.
+
+        Args:
+            linear: weight [N, K] and bias [N] of any float dtype.
+            smooth: factors an input channel, positive [K].
+            input_scale: scale of x / smooth, positive []; None for a dynamic layer.
+            activation: what follows the layer.
+
+        Raises:
+            InputError: weights that are not finite, or factors that are not positive and finite.
+        """
+        weight = linear.weight.detach().float()
+        for name, value in (("smooth", smooth), ("input_scale", input_scale)):
+            if value is not None and not bool((value.isfinite() & (value > 0)).all()):
+                raise InputError(f"{name} has values that are not positive and finite")
+        if smooth is not None:
+            weight = weight * smooth.to(weight.device, torch.float32)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            smooth=smooth is not None,
+            static=input_scale is not None,
+            activation=activation,
+            device=weight.device,
+            dtype=linear.weight.dtype,
+        )
+        qparams = choose_qparams(weight, "int8", PerChannel(0))
+        layer.weight.copy_(quantize(weight, qparams))
+        layer.weight_scale.copy_(qparams.scale)
+        if linear.bias is not None and layer.bias is not None:
+            layer.bias.copy_(linear.bias.detach())
+        if smooth is not None and layer.smooth is not None:
+            layer.smooth.copy_(smooth)
+        if input_scale is not None and layer.input_scale is not None:
+            layer.input_scale.copy_(input_scale)
+            if layer.smooth is not None:
+                layer.smooth.mul_(layer.input_scale)
+        return layer.train(linear.training)
+
+    def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
+        """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
+        if self.input_scale is None:
+            codes, scale = dynamic_quantize(x, smooth=self.smooth)
+        else:
+            scale = self.input_scale
+            codes = static_quantize(x, scale if self.smooth is None else self.smooth)
+        weight, weight_scale, bias = self.weight, self.weight_scale, self.bias
+        if rows is not None:
+            weight, weight_scale = weight[rows], weight_scale[rows]
+            bias = None if bias is None else bias[rows]
+        return int8_gemm(
+            codes,
+            weight,
+            scale,
+            weight_scale,
+            bias=bias,
+            activation=self.activation,
+            out_dtype=compute_dtype(x),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """See `QuantizedModule`."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "smooth": self.smooth is not None,
+            "static": self.input_scale is not None,
+            "activation": self.activation,
+        }
+
+    def extra_repr(self) -> str:
+        """Sizes, and how x is quantized."""
+        kind = "dynamic" if self.input_scale is None else "static"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {kind}"
+            + (", smooth" if self.smooth is not None else "")
+            + (f", activation={self.activation}" if self.activation != "none" else "")
+        )
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a float layer would answer in: that of x, or of the autocast region."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

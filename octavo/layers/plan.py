@@ -1,0 +1,167 @@
+"""Which layers a recipe changes, and why the others stay."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from octavo.core.errors import InputError
+from octavo.layers.attention import RowsLinear
+from octavo.layers.module import QuantizedModule
+from octavo.layers.recipes import Int4WeightOnly, Int8WeightOnly, Recipe
+
+__all__ = ["Choice", "Selector", "plan"]
+
+Selector: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
+"""A pattern of names ("encoder.*.query"), a type, or a function of name and module."""
+
+FEWEST = 128 * 128
+"""Weights below which quantizing the input costs more than the smaller product saves."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one layer.
+
+    Attributes:
+        name: in `named_modules()`.
+        module: the layer.
+        recipe: what it becomes; None if it stays.
+        reason: why it stays.
+    """
+
+    name: str
+    module: nn.Module
+    recipe: Recipe | None
+    reason: str = ""
+
+
+def plan(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    include: Sequence[Selector] | None = None,
+    exclude: Sequence[Selector] = (),
+    overrides: Mapping[str, Recipe | None] | None = None,
+) -> list[Choice]:
+    """Decides about every layer with weights of two or more axes.
+
+    Args:
+        model: its attention taken apart (see `structure`).
+        recipe: for all layers.
+        include: layers to change; a layer that it matches is changed though it is small. None
+            stands for all.
+        exclude: layers to leave, also among those included.
+        overrides: pattern of names -> another recipe, or None to leave the layer; the last one
+            that matches counts.
+
+    Raises:
+        InputError: a selector that matches nothing, or is of another kind.
+    """
+    overrides = dict(overrides or {})
+    layers = list(_layers(model))
+    for given in (*(include or ()), *exclude, *overrides):
+        if not any(_matches(given, name, module) for name, module in layers):
+            raise InputError(
+                f"{given!r} matches no layer with weights; layers are "
+                f"{', '.join(name or '(the model)' for name, _ in layers[:8])}"
+                f"{', ...' if len(layers) > 8 else ''}"
+            )
+    tied = _tied_elsewhere(model)
+    choices = []
+    for name, module in layers:
+        wanted = include is not None and _any(include, name, module)
+        chosen: Recipe | None = recipe
+        for pattern, other in overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                chosen = other
+                wanted = True
+        if _any(exclude, name, module):
+            reason = "excluded"
+        elif chosen is None:
+            reason = "left in float by an override"
+        elif include is not None and not wanted:
+            reason = "not included"
+        else:
+            reason = _why_not(module, chosen, tied, wanted)
+        choices.append(Choice(name, module, None if reason else chosen, reason))
+    return choices
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # it makes a weight for the layer that holds it
+        wide = any(p.ndim > 1 for p in module.parameters(recurse=False))
+        if wide or isinstance(module, (QuantizedModule, nn.Linear)):
+            yield name, module
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return fnmatch.fnmatchcase(name, selector)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(name, module))
+    raise InputError(
+        f"{selector!r} selects no layers; give a pattern of names, a module type or a function of "
+        "name and module"
+    )
+
+
+def _any(selectors: Sequence[Selector], name: str, module: nn.Module) -> bool:
+    return any(_matches(selector, name, module) for selector in selectors)
+
+
+def _tied_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Identity of a parameter that something else than a Linear holds -> the name of that."""
+    return {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _why_not(module: nn.Module, recipe: Recipe, tied: Mapping[int, str], wanted: bool) -> str:
+    if isinstance(module, QuantizedModule):
+        return "is quantized already"
+    if isinstance(module, (nn.LSTM, nn.GRU)):
+        return _why_not_recurrent(module, recipe)
+    if not isinstance(module, nn.Linear):
+        return f"Octavo has no INT8 layer for {type(module).__name__}"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight itself"
+    if type(module).forward not in (nn.Linear.forward, RowsLinear.forward):
+        return f"{type(module).__name__} computes something of its own in forward"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if module.weight.dtype not in FLOATS:
+        return f"its weight is {module.weight.dtype}"
+    if id(module.weight) in tied:
+        return f"its weight is tied to {tied[id(module.weight)]!r}, which stays in float"
+    if isinstance(recipe, Int4WeightOnly) and module.in_features % recipe.group_size:
+        return f"group_size {recipe.group_size} does not divide its {module.in_features} inputs"
+    if not wanted and module.weight.numel() < FEWEST:
+        return f"too small to gain: {module.out_features} x {module.in_features} weights"
+    return ""
+
+
+def _why_not_recurrent(module: nn.LSTM | nn.GRU, recipe: Recipe) -> str:
+    kind = type(module).__name__
+    if type(module) not in (nn.LSTM, nn.GRU):
+        return f"{kind} may compute something else than torch's own"
+    if isinstance(recipe, (Int8WeightOnly, Int4WeightOnly)):
+        return f"{kind} has a dynamic INT8 form only; give it Int8Dynamic() by an override"
+    if getattr(module, "proj_size", 0):
+        return "it has a projection (proj_size), which the INT8 form has not"
+    return ""  # the dynamic form needs no scales, so it serves Int8Static too

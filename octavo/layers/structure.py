@@ -1,0 +1,128 @@
+"""Changes to a model's structure that do not change what it computes, and can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
+
+__all__ = ["Edits", "activation_of", "following_activations", "places", "take_apart"]
+
+
+class Edits:
+    """Attributes that were set, and what they were before."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute."""
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Puts everything back, the last change first."""
+        while self._before:
+            owner, name, value = self._before.pop()
+            setattr(owner, name, value)
+
+
+def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every parent that holds a module, and under which name."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is module:
+                yield parent, name
+
+
+def take_apart(model: nn.Module, edits: Edits) -> dict[str, str]:
+    """Puts `MultiheadAttention` in the place of each nn.MultiheadAttention that allows it.
+
+    Returns:
+        name -> why it stays, for the others.
+    """
+    refused = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        reason = why_not_taken_apart(module) if name else "it is the model itself"
+        if reason:
+            refused[name] = reason
+            continue
+        new = MultiheadAttention(module)
+        for parent, attribute in list(places(model, module)):
+            edits.set(parent, attribute, new)
+    return refused
+
+
+def following_activations(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]]:
+    """Linear layers whose only reader is an activation that `int8_gemm` can take over.
+
+    Yields:
+        parent, layer, name of the parent's attribute that holds the activation, and which it is.
+    """
+    for parent in model.modules():
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            kind = activation_of(parent.activation)
+            if kind and isinstance(parent.linear1, nn.Linear):
+                yield parent, parent.linear1, "activation", kind
+        elif any(isinstance(child, nn.Linear) for child in parent.children()):
+            yield from _traced(parent)
+
+
+def _traced(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]]:
+    try:
+        graph = _Leaves().trace(parent)
+    except Exception:
+        return
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        if node.op != "call_module" or len(node.users) != 1 or calls.count(node.target) != 1:
+            continue
+        (user,) = node.users
+        if user.op != "call_module" or calls.count(user.target) != 1 or user.args != (node,):
+            continue
+        if "." in user.target:  # held by another module, which may use it elsewhere
+            continue
+        layer, after = (parent.get_submodule(n.target) for n in (node, user))
+        kind = activation_of(after)
+        if isinstance(layer, nn.Linear) and kind:
+            yield parent, layer, user.target, kind
+
+
+class _Leaves(fx.Tracer):
+    """Looks into no child."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+        return True
+
+
+def activation_of(function: Any) -> str:
+    """Which of the kernels' activations a function or module computes; nothing for another.
+
+    It is recognised by what it gives on a row of probes, so that classes of other libraries are
+    found too.
+    """
+    if isinstance(function, nn.Module) and function.state_dict():
+        return ""
+    probe = torch.cat([torch.linspace(-9, 9, 1001), torch.tensor([-100.0, 0.0, 100.0])])
+    try:
+        with torch.no_grad():
+            found = function(probe.clone())
+    except Exception:
+        return ""
+    if not isinstance(found, torch.Tensor) or found.shape != probe.shape:
+        return ""
+    for name, known in _known().items():
+        if torch.allclose(found, known(probe), rtol=1e-6, atol=1e-7):
+            return name
+    return ""
+
+
+def _known() -> Mapping[str, Any]:
+    return {name: function for name, function in ACTIVATIONS.items() if name != "none"}

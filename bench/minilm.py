@@ -108,6 +108,11 @@ def _closeness(model: nn.Module, calibration: list[str], evaluation: list[str]) 
         rows[name] = compare(name, quantized, time.perf_counter() - start)
     start = time.perf_counter()
     rows[TORCH] = compare(TORCH, _quantize_dynamic(model), time.perf_counter() - start)
+    if importlib.util.find_spec("torchao") is None:
+        print("torchao is not installed and is left out; pip install torchao")
+    else:
+        start = time.perf_counter()
+        rows[TORCHAO] = compare(TORCHAO, _torchao(model), time.perf_counter() - start)
     return {"sentences": len(evaluation), **rows}
 
 
@@ -118,16 +123,18 @@ def _quantize_dynamic(model: nn.Module) -> nn.Module:
     return made
 
 
+def _torchao(model: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    made = copy.deepcopy(model)
+    quantize_(made, Int8DynamicActivationInt8WeightConfig())
+    return made
+
+
 def _compiled(model: nn.Module, ours: nn.Module) -> dict[str, nn.Module]:
     models = {FLOAT: model, OURS: ours}
-    if importlib.util.find_spec("torchao") is None:
-        print("torchao is not installed and is left out; pip install torchao")
-    else:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        theirs = copy.deepcopy(model)
-        quantize_(theirs, Int8DynamicActivationInt8WeightConfig())
-        models[TORCHAO] = theirs
+    if importlib.util.find_spec("torchao") is not None:
+        models[TORCHAO] = _torchao(model)
     return {name: torch.compile(each) for name, each in models.items()}  # type: ignore[misc]
 
 

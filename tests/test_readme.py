@@ -13,6 +13,7 @@ from octavo.core.results import Comparison
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def results(name: str) -> dict[str, Any]:
@@ -33,10 +34,34 @@ def calibrator_row(row: dict[str, Any]) -> str:
     )
 
 
+def layer_rows(found: dict[str, Any]) -> list[str]:
+    eager, compiled = found["latency_ms"]["eager"], found["latency_ms"]["compiled"]
+    close = {
+        f"Octavo {name}" if name.startswith("Int") else name: row
+        for name, row in found["closeness"].items()
+        if name != "sentences"
+    }
+
+    def cell(rows: dict[str, Any], name: str) -> str:
+        return f"{rows[name]['p50']:.0f} ms" if name in rows else "–"
+
+    rows = [f"| PyTorch float32 | {cell(eager, FLOAT)} | {cell(compiled, FLOAT)} | 1 | reference |"]
+    for name, row in close.items():
+        rows.append(
+            f"| {name} | {cell(eager, name)} | {cell(compiled, name)} | "
+            f"{row['cosine_mean']:.4f} | {row['sqnr_db']:.1f} dB |"
+        )
+    return rows
+
+
+FLOAT = "PyTorch float32"
+
+
 def expected_rows() -> list[str]:
     demo, calibrators = results("demo")["results"], results("calibrators")["results"]
     measured = [row for row in demo["rows"] if "sqnr_db" in row and row["latency_ms"]]
-    return [*map(engine_row, measured), *map(calibrator_row, calibrators["rows"])]
+    rows = [*map(engine_row, measured), *map(calibrator_row, calibrators["rows"])]
+    return rows + layer_rows(results("minilm")["results"])
 
 
 @pytest.mark.parametrize("row", expected_rows())
@@ -45,7 +70,7 @@ def test_figures_are_those_of_the_results_files(row: str) -> None:
 
 
 def test_no_other_rows_of_figures() -> None:
-    rows = [line for line in README.splitlines() if re.search(r"\| \d.* (ms|s|dB) \|", line)]
+    rows = [line for line in README.splitlines() if re.search(r"\| \d.* (ms|s|dB|reference) \||\| [\d.]+ dB \|$", line)]
     assert sorted(rows) == sorted(expected_rows())
 
 
@@ -59,7 +84,7 @@ def test_the_allocators_share_is_told() -> None:
 def test_the_example_runs_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = EXAMPLES
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -71,3 +96,17 @@ def test_the_example_runs_as_it_is_written(
     assert comparison.accuracy.sqnr_db > 15
     assert comparison.latency_ms[1].p50 < comparison.latency_ms[0].p50
     assert "dB" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_swap_runs_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, example = EXAMPLES
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own README
+    assert names["embeddings"].shape == (8, 384)
+    assert (tmp_path / "minilm.safetensors").stat().st_size < 60e6
+    assert "37 of 40 layers with weights are quantized" in capsys.readouterr().out

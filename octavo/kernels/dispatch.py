@@ -69,6 +69,7 @@ class Decision:
         return text + (f" ({reasons})" if reasons else "")
 
 
+INTERPRETED = "TRITON_INTERPRET=1 is for tests, which ask for it by name"
 _last: dict[str, Decision] = {}
 
 
@@ -131,7 +132,8 @@ def _by_rule(operator: str, bodies: Sequence[Body], arguments: Sequence[Any], no
     for body in bodies:
         if body.role == "measured":
             continue
-        reason = body.why_not(*arguments)
+        interpreted = body.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        reason = INTERPRETED if interpreted else body.why_not(*arguments)
         if not reason:
             _last[operator] = Decision(operator, body.name, tuple(passed_over), note=note)
             return body

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from octavo.core.progress import Advance, Progress
 __all__ = ["BuildMonitor", "run_build"]
 
 PERCENT = 100
+WAKE_SECONDS = 0.2
 
 Result = TypeVar("Result")
 
@@ -132,6 +133,9 @@ def run_build(
         worker = threading.Thread(target=work, name="octavo-build")
         try:
             worker.start()
+            # a signal that another thread was given is seen when this one wakes up
+            while not wait([outcome], timeout=WAKE_SECONDS).done:
+                pass
             result = outcome.result()
         except KeyboardInterrupt:
             monitor.cancel()

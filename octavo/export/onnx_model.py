@@ -245,6 +245,12 @@ def _check_nodes(model: ir.Model) -> None:
     context.opset_imports = dict(model.opset_imports)
     graph = model.graph
     known = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for output in graph.outputs:
+        if output.producer() is None and id(output) not in known:
+            raise ArtifactError(
+                f"the ONNX model is broken: its output {output.name!r} is made by nothing; export "
+                "it again"
+            )
     for node in graph:
         label = f"node {node.name or node.op_type!r}"
         for value in node.inputs:

@@ -101,6 +101,8 @@ def test_threads_may_report_at_once() -> None:
 
 
 def test_ctrl_c_asks_tensorrt_to_stop_and_waits_for_it() -> None:
+    # a shell starts background jobs with this signal ignored, and CI may be one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stopped = threading.Event()
 
     def build(monitor: BuildMonitor) -> None:

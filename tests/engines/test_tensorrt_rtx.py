@@ -179,6 +179,8 @@ def test_a_real_build_ends_cleanly_when_it_is_stopped() -> None:
 
 
 def test_ctrl_c_ends_a_real_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a shell starts background jobs with this signal ignored, and CI may be one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     progress = Recorder()
 
     def interrupt(steps: int) -> None:

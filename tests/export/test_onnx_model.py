@@ -545,3 +545,13 @@ def test_a_tensor_that_nothing_makes_is_refused(tmp_path: Path) -> None:
     onnx.save(broken.build("y", infer=False), tmp_path / "broken.onnx")
     with pytest.raises(ArtifactError, match=r"node 'Add' reads 'lost', which nothing makes"):
         load_onnx(tmp_path / "broken.onnx")
+
+
+def test_an_output_that_nothing_makes_is_refused(tmp_path: Path) -> None:
+    broken = Net(x=["batch", 3])
+    broken.op("Relu", "x", out="y")
+    model = broken.build("y", infer=False)
+    model.graph.output[0].name = "z"
+    onnx.save(model, tmp_path / "broken.onnx")
+    with pytest.raises(ArtifactError, match=r"its output 'z' is made by nothing; export it again"):
+        load_onnx(tmp_path / "broken.onnx")

@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu-tanh": lambda y: functional.gelu(y, approximate="tanh"),
     "silu": functional.silu,
+    "hardswish": functional.hardswish,
 }
 IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
@@ -27,6 +28,7 @@ IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.ops.aten.gelu_,
     "gelu-tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
     "silu": lambda y: functional.silu(y, inplace=True),
+    "hardswish": lambda y: functional.hardswish(y, inplace=True),
 }
 
 
@@ -44,6 +46,9 @@ class Epilogue:
     out_scale: torch.Tensor | None
     activation: str
     out_dtype: torch.dtype
+    residual_scale: torch.Tensor | None = None
+    out_zero_point: int = 0
+    residual_zero_point: int = 0
 
     def __call__(self, accumulator: torch.Tensor) -> torch.Tensor:
         """From accumulators int32 [..., N] to the result, step by step in float32."""
@@ -56,8 +61,16 @@ class Epilogue:
             y.add_(self.bias)
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
-            y = y.add_(self.residual)
-        return y.to(self.out_dtype) if self.out_scale is None else to_int8(y, self.out_scale)
+            y = y.add_(self._residual(self.residual))
+        if self.out_scale is None:
+            return y.to(self.out_dtype)
+        return to_int8(y, self.out_scale, self.out_zero_point)
+
+    def _residual(self, residual: torch.Tensor) -> torch.Tensor:
+        """What is added: the residual, or what its codes stand for."""
+        if self.residual_scale is None:
+            return residual
+        return residual.float().sub_(self.residual_zero_point).mul_(self.residual_scale)
 
 
 def _as_floats(accumulator: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu-tanh": lambda y: functional.gelu(y, approximate="tanh"),
     "silu": functional.silu,
+    "hardswish": functional.hardswish,
 }
 IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
@@ -27,6 +28,7 @@ IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.ops.aten.gelu_,
     "gelu-tanh": lambda y: torch.ops.aten.gelu_(y, approximate="tanh"),
     "silu": lambda y: functional.silu(y, inplace=True),
+    "hardswish": lambda y: functional.hardswish(y, inplace=True),
 }
 
 

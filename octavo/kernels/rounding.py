@@ -1,4 +1,4 @@
-"""Reals to symmetric int8 codes, as every kernel's reference does it."""
+"""Reals to int8 codes, as every kernel's reference does it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ def scale_of_peak(peak: torch.Tensor) -> torch.Tensor:
     return torch.where(peak == 0, 1.0, peak) / torch.full_like(peak, QMAX)
 
 
-def to_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """saturate(round_half_even(x / scale)); NaN gives the smallest code."""
+def to_int8(x: torch.Tensor, scale: torch.Tensor, zero_point: int = 0) -> torch.Tensor:
+    """saturate(round_half_even(x / scale) + zero_point); NaN gives the smallest code."""
     ratio = torch.round(x / scale)
+    if zero_point:
+        ratio = ratio + zero_point
     # of the ways to replace NaN, the one that Inductor vectorizes
     return torch.where(ratio == ratio, ratio, QMIN).clamp(QMIN, QMAX).to(torch.int8)

@@ -12,7 +12,7 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """The activation of float32 y: none, relu, relu6, gelu, gelu-tanh or silu."""
+    """The activation of float32 y: none, relu, relu6, gelu, gelu-tanh, silu, hardswish."""
     if ACTIVATION == "relu":
         # without being asked to keep NaN, a GPU's maximum gives the other operand
         y = tl.maximum(y, 0.0, propagate_nan=ALL)
@@ -25,4 +25,7 @@ def activate(y, ACTIVATION: tl.constexpr):
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     elif ACTIVATION == "silu":
         y = y * tl.sigmoid(y)
+    elif ACTIVATION == "hardswish":
+        # NaN needs no care in the bounds: it is also the other factor
+        y = y * tl.minimum(tl.maximum(y + 3.0, 0.0), 6.0) * 0.16666666666666666
     return y

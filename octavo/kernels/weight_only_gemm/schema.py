@@ -49,7 +49,8 @@ def weight_only_gemm(
         bits: 8, 4, 3 or 2.
         group_size: how many codes along K share a scale; it divides K. None: all of a row.
         bias: floating [N].
-        activation: "none", "relu", "relu6", "gelu", "gelu-tanh" or "silu".
+        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or
+            "hardswish".
         residual: floating [..., N], added after the activation.
         backend: "auto", "triton", "dequantize" (a float matrix product; weights in groups are
             rounded to the dtype of x first) or "reference"; one that is named runs or is refused.

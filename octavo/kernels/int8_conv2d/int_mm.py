@@ -1,0 +1,72 @@
+"""torch._int_mm on the patches of a few lines at a time, and the epilogue in torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional
+
+from octavo.kernels.int8_conv2d.reference import Place
+from octavo.kernels.int8_gemm import int_mm
+from octavo.kernels.int8_gemm.reference import Epilogue
+
+__all__ = ["int8_conv2d", "why_not"]
+
+MOST_BYTES = 1 << 21
+"""Patches held at a time, in bytes."""
+
+
+def why_not(x: torch.Tensor, w: torch.Tensor, place: Place, _: Epilogue) -> str:
+    """Why torch._int_mm cannot make this convolution, or nothing."""
+    if x.device.type == "cuda" and not place.is_pointwise:
+        return "on a GPU its patches would go through memory"
+    return int_mm.why_not(x.permute(0, 2, 3, 1), w.flatten(1))
+
+
+def int8_conv2d(x: torch.Tensor, w: torch.Tensor, place: Place, epilogue: Epilogue) -> torch.Tensor:
+    """See `schema.int8_conv2d`; the residual and the result are [B, H, W, N]."""
+    if place.is_pointwise:
+        return int_mm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), epilogue)
+    n = w.shape[0]
+    patches = _patches(x, w, place)
+    weights = w.permute(0, 2, 3, 1).reshape(place.groups, n // place.groups, -1)
+    (high, wide), line = patches.shape[1:3], patches[0, 0].numel()
+    out = torch.empty(len(x), high, wide, n, dtype=epilogue.out_dtype, device=x.device)
+    images, lines = max(1, MOST_BYTES // (line * high)), max(1, MOST_BYTES // line)
+    for first in range(0, len(x), images):
+        for top in range(0, high, lines):
+            part = slice(first, first + images), slice(top, top + lines)
+            out[part] = _part(epilogue, part)(_products(patches[part], weights))
+    return out
+
+
+def _patches(x: torch.Tensor, w: torch.Tensor, place: Place) -> torch.Tensor:
+    """A view of the padded codes, int8 [B, H', W', groups, kh, kw, C / groups]."""
+    window, padded = place.window, x.permute(0, 2, 3, 1)
+    if any(window.padding):
+        padded = functional.pad(padded, (0, 0, *window.padding), value=place.zero_point)
+    padded = padded.contiguous()
+    image, line, pixel, _ = padded.stride()
+    (down, across), (dy, dx), channels = window.stride, window.dilation, w.shape[1]
+    return padded.as_strided(
+        (len(x), *window.out_size(*x.shape[2:]), place.groups, *window.kernel, channels),
+        (image, line * down, pixel * across, channels, line * dy, pixel * dx, 1),
+    )
+
+
+def _products(patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums int32 [B, H', W', N] of patches and weights [groups, N / groups, kh * kw * C]."""
+    sums = [
+        torch._int_mm(patches[:, :, :, group].reshape(-1, of.shape[1]), of.T)
+        for group, of in enumerate(weights)
+    ]
+    joined = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+    return joined.view(*patches.shape[:3], -1)
+
+
+def _part(epilogue: Epilogue, part: tuple[slice, slice]) -> Epilogue:
+    """The epilogue of some lines of some images."""
+    if epilogue.residual is None:
+        return epilogue
+    return dataclasses.replace(epilogue, residual=epilogue.residual[part])

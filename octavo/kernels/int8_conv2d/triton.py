@@ -1,0 +1,128 @@
+"""Launches the Triton kernel: brings operands into its order, chooses tiles, fills arguments in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import triton
+from torch.nn import functional
+
+from octavo.kernels.int8_conv2d.reference import Place
+from octavo.kernels.int8_conv2d.tiles import candidates, config, folds
+from octavo.kernels.int8_conv2d.triton_kernel import conv_kernel
+from octavo.kernels.int8_gemm import triton as gemm
+from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.int8_gemm.tiles import bucket, pieces
+from octavo.kernels.tuning import best
+
+__all__ = ["int8_conv2d"]
+
+
+def int8_conv2d(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    place: Place,
+    epilogue: Epilogue,
+    tiles: Mapping[str, int] | None = None,
+) -> torch.Tensor:
+    """See `schema.int8_conv2d`.
+
+    Args:
+        x: int8 [B, C, H, W].
+        w: int8 [N, C / groups, kh, kw].
+        place: which codes meet which weights.
+        epilogue: what happens to the accumulators; its residual is [B, H', W', N].
+        tiles: fields of `tiles.config`, in its place, for tests.
+
+    Returns:
+        [B, H', W', N].
+    """
+    if place.is_pointwise and tiles is None:
+        return gemm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), epilogue)
+    high, wide = place.window.out_size(*x.shape[2:])
+    out = torch.empty(len(x), high, wide, len(w), dtype=epilogue.out_dtype, device=x.device)
+    if not out.numel():
+        return out
+    with torch.cuda.device_of(x):
+        codes, weights = _channels_last(x, place.groups), _channels_last(w, 1)
+        chosen = _choose(codes, weights, out, place, epilogue) if tiles is None else tiles
+        _launch(codes, weights, out, place, epilogue, chosen)
+    return out
+
+
+def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, C, H, W] as [B, H, W, C]; not copied where it lies so.
+
+    Groups of many channels, not a multiple of 16, get zeros behind them, which add nothing to a
+    sum: without them a kernel would load every byte apart, for every tap anew.
+    """
+    last, each = x.permute(0, 2, 3, 1), x.shape[1] // groups
+    if folds(each) or not each % 16:
+        return last.contiguous()
+    parts = functional.pad(last.unflatten(-1, (groups, each)), (0, -each % 16))
+    return parts.flatten(-2)
+
+
+def _choose(
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, place: Place, e: Epilogue
+) -> Mapping[str, int]:
+    """The tuned tiles, or those of the rule."""
+    window, groups, heavy = place.window, place.groups, gemm.is_heavy(e)
+    m, n, channels = out.numel() // len(w), len(w) // groups, w.shape[-1]
+    capability, processors = gemm.device_facts(x.device)
+    facts = (bucket(m), n, channels, window.taps)
+    options = {
+        "groups": groups, "heavy": heavy, "capability": capability, "processors": processors,
+    }  # fmt: skip
+    key = (
+        f"{bucket(m)}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride "
+        f"{window.stride[0]} groups {groups} {_border(place)} {out.element_size()} "
+        f"{'heavy' if heavy else 'light'}"
+    )
+
+    def others() -> Iterator[Mapping[str, int]]:
+        return candidates(*facts, **options)
+
+    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+        result = torch.empty_like(out)
+        _launch(x, w, result, place, e, tiles)
+        return result
+
+    return best("int8_conv2d", key, x.device, config(*facts, **options), others, run)
+
+
+def _border(place: Place) -> str:
+    """How codes beyond an image are made: not at all, as zeros, or as other codes."""
+    if not any(place.window.padding):
+        return "none"
+    return "codes" if place.zero_point else "zeros"
+
+
+def _launch(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    place: Place,
+    e: Epilogue,
+    tiles: Mapping[str, int],
+) -> None:
+    """Fills `out` [B, H', W', N], from `_channels_last` x and w; none is empty."""
+    window, groups = place.window, place.groups
+    (_, high, wide, n), channels = out.shape, w.shape[-1]
+    fold, border = folds(channels), _border(place)
+    m, each = out.numel() // n, n // groups
+    count = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(each, tiles["BLOCK_N"]) * groups
+    codes = x
+    if border == "codes" and not fold:
+        codes = x.new_full((channels,), place.zero_point)
+    conv_kernel[(count,)](
+        x, w, codes, out, *gemm.end_arguments(e, x),
+        place.zero_point, m, each, x.shape[1], x.shape[2], channels, high, wide, groups,
+        KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1],
+        STRIDE_H=window.stride[0], STRIDE_W=window.stride[1],
+        DILATION_H=window.dilation[0], DILATION_W=window.dilation[1],
+        TOP=window.padding[2], LEFT=window.padding[0], BORDER=border,
+        FOLD=fold, EVEN_C=channels % tiles["BLOCK_K"] == 0, PIECES=pieces(tiles),
+        **gemm.end_constants(e), **tiles,
+    )  # fmt: skip

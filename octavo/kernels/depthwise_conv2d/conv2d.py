@@ -17,7 +17,7 @@ MOST_TAPS = 2**24 // (128 * (255 + 128))
 """Products of a code and a shifted code, and the sum of the weights times the zero point."""
 
 
-def why_not(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> str:
+def why_not(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> str:
     """Why torch's convolution cannot take these, or nothing."""
     if x.is_floating_point():
         return ""

@@ -46,6 +46,9 @@ class Epilogue:
     out_scale: torch.Tensor | None
     activation: str
     out_dtype: torch.dtype
+    residual_scale: torch.Tensor | None = None
+    out_zero_point: int = 0
+    residual_zero_point: int = 0
 
     def __call__(self, accumulator: torch.Tensor) -> torch.Tensor:
         """From accumulators int32 [..., N] to the result, step by step in float32."""
@@ -58,8 +61,16 @@ class Epilogue:
             y.add_(self.bias)
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
-            y = y.add_(self.residual)
-        return y.to(self.out_dtype) if self.out_scale is None else to_int8(y, self.out_scale)
+            y = y.add_(self._residual(self.residual))
+        if self.out_scale is None:
+            return y.to(self.out_dtype)
+        return to_int8(y, self.out_scale, self.out_zero_point)
+
+    def _residual(self, residual: torch.Tensor) -> torch.Tensor:
+        """What is added: the residual, or what its codes stand for."""
+        if self.residual_scale is None:
+            return residual
+        return residual.float().sub_(self.residual_zero_point).mul_(self.residual_scale)
 
 
 def _as_floats(accumulator: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ A folder an operator; each holds schema.py (the public function and all validati
 and triton.py, which take the same arguments.
 """
 
+from octavo.kernels.depthwise_conv2d.schema import depthwise_conv1d, depthwise_conv2d
 from octavo.kernels.dispatch import explain
 from octavo.kernels.dynamic_quantize.schema import (
     LayerNorm,
@@ -21,6 +22,8 @@ __all__ = [
     "LayerNorm",
     "RmsNorm",
     "add_dynamic_quantize",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
     "dynamic_quantize",
     "explain",
     "fold_zero_point",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["is_inlined"]
+__all__ = ["is_inlined", "wants_gradient"]
 
 
 def is_inlined(tensor: torch.Tensor, backend: str) -> bool:
@@ -22,5 +22,20 @@ def is_inlined(tensor: torch.Tensor, backend: str) -> bool:
         backend == "auto"
         and tensor.device.type == "cpu"
         and torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def wants_gradient(backend: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether an operator should be plain torch because a gradient may be asked of it later.
+
+    Args:
+        backend: that was asked for; one that is named is called whole, and has no gradient.
+        *tensors: that may want one. An exported program keeps the operator.
+    """
+    return (
+        backend == "auto"
+        and torch.is_grad_enabled()
+        and any(one is not None and one.requires_grad for one in tensors)
         and not torch.compiler.is_exporting()
     )

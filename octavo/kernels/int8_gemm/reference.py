@@ -36,7 +36,7 @@ IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Epilogue:
     """What happens to the accumulators; see `schema.int8_gemm` for the fields.
 
-    Without scales the accumulators are the result.
+    Int32 output is the accumulators. Sums of floats, of other operators, have no scales.
     """
 
     scale_x: torch.Tensor | None
@@ -51,12 +51,14 @@ class Epilogue:
     residual_zero_point: int = 0
 
     def __call__(self, accumulator: torch.Tensor) -> torch.Tensor:
-        """From accumulators int32 [..., N] to the result, step by step in float32."""
-        if self.scale_x is None or self.scale_w is None:
+        """From accumulators int32 or float32 [..., N] to the result, step by step in float32."""
+        if self.out_dtype == torch.int32:
             return accumulator
-        scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
         # in place: on a CPU new memory costs as much as the arithmetic
-        y = _as_floats(accumulator).mul_(scale_x).mul_(self.scale_w)
+        y = _as_floats(accumulator)
+        if self.scale_x is not None and self.scale_w is not None:
+            scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
+            y = y.mul_(scale_x).mul_(self.scale_w)
         if self.bias is not None:
             y.add_(self.bias)
         y = IN_PLACE[self.activation](y)
@@ -75,6 +77,8 @@ class Epilogue:
 
 def _as_floats(accumulator: torch.Tensor) -> torch.Tensor:
     """The same numbers in float32; in the memory of the accumulators where nobody is looking."""
+    if accumulator.is_floating_point():
+        return accumulator
     if torch.compiler.is_compiling() or accumulator.device.type != "cpu":
         return accumulator.float()
     return accumulator.view(torch.float32).copy_(accumulator)

@@ -110,11 +110,11 @@ def check_epilogue(
     n: int,
     result: tuple[int, ...],
 ) -> None:
-    """Validates what happens to the accumulators.
+    """Validates what happens to the sums of an operator.
 
     Args:
         e: the epilogue.
-        x_q: the codes, for their device.
+        x_q: codes, or the floats of another operator, for their device and dtype.
         scales_x: shapes that scale_x may have.
         n: output channels.
         result: shape of the result.
@@ -135,7 +135,12 @@ def check_epilogue(
             "int32 output is the accumulators alone; leave scales, bias, activation and residual "
             "out"
         )
-    if not raw and (e.scale_x is None or e.scale_w is None):
+    scales = (e.scale_x, e.scale_w)
+    if x_q.is_floating_point() and (raw or scales != (None, None)):
+        raise InputError(
+            f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
+        )
+    if not (raw or x_q.is_floating_point()) and None in scales:
         raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
     if (e.out_scale is not None) != (e.out_dtype == torch.int8):
         raise InputError("out_scale belongs to int8 output; give both or neither")

@@ -166,7 +166,7 @@ def end_constants(e: Epilogue) -> dict[str, bool | str]:
         "BIAS": e.bias is not None,
         "RESIDUAL": e.residual is not None,
         "REQUANTIZE": e.out_scale is not None,
-        "RAW": e.scale_x is None,
+        "RAW": e.out_dtype == torch.int32,
         "ACTIVATION": e.activation,
     }
 

@@ -19,7 +19,9 @@ def finish(
     TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue of accumulators int32 [rows, cols], and its store; see `reference.Epilogue`.
+    """Epilogue of accumulators [rows, cols], and its store; see `reference.Epilogue`.
+
+    Int32 accumulators have scales, float32 ones have none.
 
     Rows from M on and columns from `end` on are not stored; N is the length of a row.
     """
@@ -28,15 +30,17 @@ def finish(
     if RAW:
         tl.store(out_ptr + there, acc, mask=inside)
     else:
-        if TOKEN:
-            scale_x = tl.load(scale_x_ptr + rows, mask=rows < M, other=0.0)
-        else:
-            scale_x = tl.load(scale_x_ptr + tl.zeros_like(rows))
-        if CHANNEL:
-            scale_w = tl.load(scale_w_ptr + cols, mask=cols < end, other=0.0)
-        else:
-            scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
-        y = acc.to(tl.float32) * scale_x[:, None] * scale_w[None, :]
+        y = acc.to(tl.float32)
+        if acc.dtype == tl.int32:
+            if TOKEN:
+                scale_x = tl.load(scale_x_ptr + rows, mask=rows < M, other=0.0)
+            else:
+                scale_x = tl.load(scale_x_ptr + tl.zeros_like(rows))
+            if CHANNEL:
+                scale_w = tl.load(scale_w_ptr + cols, mask=cols < end, other=0.0)
+            else:
+                scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
+            y = y * scale_x[:, None] * scale_w[None, :]
         if BIAS:
             y += tl.load(bias_ptr + cols, mask=cols < end, other=0.0).to(tl.float32)[None, :]
         y = activate(y, ACTIVATION)

@@ -1,0 +1,313 @@
+"""octavo::depthwise_conv2d: y = activation(depthwise(x, weight) * scales + bias)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from octavo.core.errors import InputError
+from octavo.kernels.depthwise_conv2d import conv2d, reference
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.int8_gemm.schema import check_epilogue
+from octavo.kernels.tracing import is_inlined, wants_gradient
+from octavo.kernels.window import Padding, Pair, Window, make_window
+
+__all__ = [
+    "check_images",
+    "check_zero_point",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "result_dtype",
+]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
+
+
+def depthwise_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    activation: str = "none",
+    scale_x: torch.Tensor | None = None,
+    scale_w: torch.Tensor | None = None,
+    zero_point: int = 0,
+    out_dtype: torch.dtype | None = None,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: int = 0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Convolves each channel with a kernel of its own.
+
+    Floats are added up in float32 and rounded once, at the end. Codes are added up exactly in
+    int32, then y = sum * scale_x * scale_w + bias in float32, the activation, and one rounding.
+
+    A zero point is not subtracted from the codes: padding holds it, so that every window sums
+    over all taps, and the constant -zero_point * sum(w_q) * scale_x * scale_w belongs into `bias`.
+
+    Where a gradient is wanted and no backend is named, torch's own operators compute the result.
+
+    Args:
+        x: float16, bfloat16, float32 or int8 codes [B, C, H, W]; any memory format, channels_last
+            without a copy.
+        weight: of x's dtype [C, 1, kh, kw]; on a GPU without a copy where a channel's neighbour
+            in memory is the next channel, see `by_taps`.
+        bias: floating [C]; a BatchNorm is folded into weight and bias beforehand.
+        stride: a number or (vertical, horizontal).
+        padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same": ceil(size
+            / stride) outputs, the odd pixel at the right and the bottom (ONNX's SAME_UPPER,
+            TensorFlow's SAME; at stride 1 torch's "same").
+        dilation: a number or (vertical, horizontal).
+        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".
+        scale_x: float32 [], of codes.
+        scale_w: float32 [] or, a scale a channel, [C].
+        zero_point: of the codes x, which padding holds.
+        out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
+            sums of codes alone, which take no scales, bias or activation. None: int8 where
+            `out_scale` is given, else the dtype of float x, else float32.
+        out_scale: float32 [], of int8 output.
+        out_zero_point: of int8 output.
+        backend: "auto", "triton", "conv2d" (torch's convolution) or "reference"; one that is
+            named runs or is refused. On a GPU "auto" measures those that can run, once for each
+            shape bucket, and keeps the fastest; see `octavo.kernels.explain`.
+
+    Returns:
+        [B, C, H', W'] of `out_dtype`, channels_last.
+
+    Raises:
+        InputError: a wrong dtype, shape, device or number.
+        UnsupportedError: the backend asked for cannot run this.
+    """
+    check_images(x, weight)
+    check_zero_point(x, zero_point)
+    window = make_window(weight.shape[2:], x.shape[2:], stride, padding, dilation)
+    dtype = result_dtype(x, out_dtype, out_scale)
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, None, out_scale, activation, dtype, out_zero_point=out_zero_point
+    )
+    check_epilogue(epilogue, x, scales_x=[()], n=x.shape[1], result=())
+    if is_inlined(x, backend) or wants_gradient(backend, x, weight, bias):
+        c = Convolution(window, zero_point, epilogue)
+        if not conv2d.why_not(x, weight, c):
+            return conv2d.depthwise_conv2d(x, weight, c)
+    tensors = (x, weight, bias, scale_x, scale_w, out_scale)
+    call = _run if is_plain_call(*tensors) else torch.ops.octavo.depthwise_conv2d
+    result: torch.Tensor = call(
+        *tensors,
+        window.stride,
+        window.padding,
+        window.dilation,
+        activation,
+        zero_point,
+        out_zero_point,
+        dtype,
+        backend,
+    )
+    return result
+
+
+def depthwise_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | str | tuple[int, int] = 0,
+    dilation: int = 1,
+    **options: object,
+) -> torch.Tensor:
+    """Convolves sequences as images of one row; see `depthwise_conv2d`, also for `options`.
+
+    Args:
+        x: [B, C, L]; without a copy where it is a view of [B, L, C].
+        weight: [C, 1, k].
+        bias: floating [C].
+        stride: steps from a window to the next.
+        padding: a number for both ends, (before, after), or "same".
+        dilation: steps from a tap to the next.
+        **options: the other arguments of `depthwise_conv2d`.
+
+    Returns:
+        [B, C, L'], a view of [B, L', C].
+
+    Raises:
+        InputError: as `depthwise_conv2d`; or a shape that is not a sequence's.
+        UnsupportedError: the backend asked for cannot run this.
+    """
+    if x.ndim != 3 or weight.ndim != 3:
+        raise InputError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; they are [B, C, L] "
+            "and [C, 1, k]"
+        )
+    around: Padding = padding if isinstance(padding, str) else (0, 0)
+    if isinstance(padding, int):
+        around = (padding, padding, 0, 0)
+    elif not isinstance(padding, str):
+        around = (*padding, 0, 0)
+    return depthwise_conv2d(
+        x.unsqueeze(2),
+        weight.unsqueeze(2),
+        bias,
+        stride=(1, stride),
+        padding=around,
+        dilation=(1, dilation),
+        **options,  # type: ignore[arg-type]
+    ).squeeze(2)
+
+
+def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Images and depthwise weights that fit; see `depthwise_conv2d`.
+
+    Raises:
+        InputError: they do not.
+    """
+    if x.dtype not in DTYPES:
+        raise InputError(f"x is {x.dtype}; it must be one of {DTYPES}")
+    if x.ndim != 4 or weight.ndim != 4 or tuple(weight.shape[:2]) != (x.shape[1], 1):
+        raise InputError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; they are [B, C, H, W] "
+            "and [C, 1, kh, kw]"
+        )
+    if 0 in x.shape[1:] or 0 in weight.shape:
+        raise InputError(
+            f"x {list(x.shape)} or weight {list(weight.shape)} is empty; only the batch may be 0"
+        )
+    if weight.dtype != x.dtype:
+        raise InputError(f"weight is {weight.dtype} and x {x.dtype}; convert one of them")
+    if weight.device != x.device:
+        raise InputError(f"weight is on {weight.device} and x on {x.device}; move one of them")
+
+
+def check_zero_point(x: torch.Tensor, zero_point: int) -> None:
+    """The zero point is a code, of codes.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not -128 <= zero_point <= 127:
+        raise InputError(f"zero_point is {zero_point}; an int8 code is from -128 to 127")
+    if zero_point and x.is_floating_point():
+        raise InputError(
+            f"zero_point is {zero_point} and belongs to int8 codes, and x is {x.dtype}; leave it 0"
+        )
+
+
+def result_dtype(
+    x: torch.Tensor, asked: torch.dtype | None, out_scale: torch.Tensor | None
+) -> torch.dtype:
+    """The dtype of the result; see `depthwise_conv2d`."""
+    if asked is not None:
+        return asked
+    if out_scale is not None:
+        return torch.int8
+    return x.dtype if x.is_floating_point() else torch.float32
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    zero_point: int,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, None, out_scale, activation, out_dtype,
+        out_zero_point=out_zero_point,
+    )  # fmt: skip
+    c = Convolution(_window(weight, stride, padding, dilation), zero_point, epilogue)
+    kind = _kind(x, c) if x.is_cuda else None
+    name = "depthwise_conv2d"
+    body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=kind)
+    result: torch.Tensor = body.run(x, weight, c)
+    return result
+
+
+def _window(
+    weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Window:
+    """The window again, from the lists of a registered operator."""
+    kh, kw = weight.shape[2:]
+    left, right, top, bottom = padding
+    return Window((kh, kw), (stride[0], stride[1]), (left, right, top, bottom), tuple(dilation))  # type: ignore[arg-type]
+
+
+_operator = torch.library.custom_op(
+    "octavo::depthwise_conv2d",
+    _run,
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale_x, Tensor? scale_w, "
+        "Tensor? out_scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+        "str activation, int zero_point, int out_zero_point, ScalarType out_dtype, str backend) "
+        "-> Tensor"
+    ),
+)
+
+
+@_operator.register_fake
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    zero_point: int,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    height, width = _window(weight, stride, padding, dilation).out_size(*x.shape[2:])
+    return torch.empty(
+        (x.shape[0], x.shape[1], height, width),
+        dtype=out_dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tensor:
+    from octavo.kernels.depthwise_conv2d import triton
+
+    return triton.depthwise_conv2d(x, weight, c)
+
+
+def _kind(x: torch.Tensor, c: Convolution) -> tuple[object, ...]:
+    """What decides which body is the fastest."""
+    return (
+        *x.shape,
+        str(x.dtype).removeprefix("torch."),
+        str(c.epilogue.out_dtype).removeprefix("torch."),
+        *c.window.kernel,
+        *c.window.stride,
+        *c.window.dilation,
+        "symmetric" if c.window.symmetric else "asymmetric",
+        c.epilogue.activation,
+        "last" if x.is_contiguous(memory_format=torch.channels_last) else "first",
+    )
+
+
+_BODIES = (
+    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("conv2d", conv2d.why_not, conv2d.depthwise_conv2d),
+    Body("reference", lambda *_: "", reference.depthwise_conv2d, "last"),
+)

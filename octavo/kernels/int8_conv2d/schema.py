@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.arguments import check_zero_point
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.depthwise_conv2d.schema import check_zero_point
 from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
 from octavo.kernels.int8_conv2d import int_mm, reference
-from octavo.kernels.int8_conv2d.reference import Place
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import MAX_K, check_epilogue
 from octavo.kernels.window import Padding, Pair, Window, make_window
@@ -83,7 +83,7 @@ def int8_conv2d(
         UnsupportedError: the backend asked for cannot run this.
     """
     _check_codes(x_q, w_q, groups)
-    check_zero_point("zero_point", zero_point)
+    check_zero_point(x_q, zero_point)
     window = make_window(w_q.shape[2:], x_q.shape[2:], stride, padding, dilation)
     epilogue = Epilogue(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
@@ -99,7 +99,6 @@ def int8_conv2d(
         window.stride,
         window.padding,
         window.dilation,
-        groups,
         zero_point,
         activation,
         out_dtype,
@@ -146,7 +145,6 @@ def _run(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
     zero_point: int,
     activation: str,
     out_dtype: torch.dtype,
@@ -154,19 +152,17 @@ def _run(
     residual_zero_point: int,
     backend: str,
 ) -> torch.Tensor:
-    place = Place(_window(w, stride, padding, dilation), groups, zero_point)
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1)
     epilogue = Epilogue(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
-    kind = _kind(x, w, place, epilogue) if x.is_cuda else None
-    body = select(
-        "int8_conv2d", _BODIES, backend, x, w, place, epilogue, device=x.device, bucket=kind
-    )
-    result: torch.Tensor = body.run(x, w, place, epilogue)
-    return result.permute(0, 3, 1, 2)
+    c = Convolution(_window(w, stride, padding, dilation), zero_point, epilogue)
+    kind = _kind(x, w, c) if x.is_cuda else None
+    body = select("int8_conv2d", _BODIES, backend, x, w, c, device=x.device, bucket=kind)
+    result: torch.Tensor = body.run(x, w, c)
+    return result
 
 
 def _window(
@@ -186,7 +182,7 @@ _operator = torch.library.custom_op(
     schema=(
         "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
         "Tensor? out_scale, Tensor? residual_scale, SymInt[] stride, SymInt[] padding, "
-        "SymInt[] dilation, int groups, int zero_point, str activation, ScalarType out_dtype, "
+        "SymInt[] dilation, int zero_point, str activation, ScalarType out_dtype, "
         "int out_zero_point, int residual_zero_point, str backend) -> Tensor"
     ),
 )
@@ -205,7 +201,6 @@ def _fake(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
     zero_point: int,
     activation: str,
     out_dtype: torch.dtype,
@@ -217,22 +212,20 @@ def _fake(
     return x.new_empty((x.shape[0], high, wide, w.shape[0]), dtype=out_dtype).permute(0, 3, 1, 2)
 
 
-def _triton(x: torch.Tensor, w: torch.Tensor, place: Place, epilogue: Epilogue) -> torch.Tensor:
+def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
     from octavo.kernels.int8_conv2d import triton
 
-    return triton.int8_conv2d(x, w, place, epilogue)
+    return triton.int8_conv2d(x, w, c)
 
 
-def _kind(x: torch.Tensor, w: torch.Tensor, place: Place, e: Epilogue) -> tuple[object, ...]:
+def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which body is the fastest."""
-    last = torch.channels_last
+    e, last = c.epilogue, torch.channels_last
     return (
         *x.shape,
-        w.shape[0],
-        *place.window.kernel,
-        *place.window.stride,
-        *place.window.dilation,
-        place.groups,
+        *w.shape,
+        *c.window.stride,
+        *c.window.dilation,
         str(e.out_dtype).removeprefix("torch."),
         e.activation,
         "alone" if e.residual is None else "residual" if e.residual_scale is None else "codes",

@@ -8,11 +8,11 @@ import torch
 import triton
 from torch.nn import functional
 
-from octavo.kernels.int8_conv2d.reference import Place
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_conv2d.tiles import candidates, config, folds
 from octavo.kernels.int8_conv2d.triton_kernel import conv_kernel
 from octavo.kernels.int8_gemm import triton as gemm
-from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.tiles import bucket, pieces
 from octavo.kernels.tuning import best
 
@@ -22,8 +22,7 @@ __all__ = ["int8_conv2d"]
 def int8_conv2d(
     x: torch.Tensor,
     w: torch.Tensor,
-    place: Place,
-    epilogue: Epilogue,
+    c: Convolution,
     tiles: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     """See `schema.int8_conv2d`.
@@ -31,24 +30,23 @@ def int8_conv2d(
     Args:
         x: int8 [B, C, H, W].
         w: int8 [N, C / groups, kh, kw].
-        place: which codes meet which weights.
-        epilogue: what happens to the accumulators; its residual is [B, H', W', N].
+        c: window, zero point, and the epilogue, whose residual is [B, H', W', N].
         tiles: fields of `tiles.config`, in its place, for tests.
 
     Returns:
-        [B, H', W', N].
+        [B, N, H', W'], channels_last.
     """
-    if place.is_pointwise and tiles is None:
-        return gemm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), epilogue)
-    high, wide = place.window.out_size(*x.shape[2:])
-    out = torch.empty(len(x), high, wide, len(w), dtype=epilogue.out_dtype, device=x.device)
-    if not out.numel():
-        return out
-    with torch.cuda.device_of(x):
-        codes, weights = _channels_last(x, place.groups), _channels_last(w, 1)
-        chosen = _choose(codes, weights, out, place, epilogue) if tiles is None else tiles
-        _launch(codes, weights, out, place, epilogue, chosen)
-    return out
+    if is_pointwise(x, w, c) and tiles is None:
+        y = gemm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), c.epilogue)
+        return y.permute(0, 3, 1, 2)
+    high, wide = c.window.out_size(*x.shape[2:])
+    out = torch.empty(len(x), high, wide, len(w), dtype=c.epilogue.out_dtype, device=x.device)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            codes, weights = _channels_last(x, x.shape[1] // w.shape[1]), _channels_last(w, 1)
+            chosen = _choose(codes, weights, out, c) if tiles is None else tiles
+            _launch(codes, weights, out, c, chosen)
+    return out.permute(0, 3, 1, 2)
 
 
 def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -65,11 +63,12 @@ def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _choose(
-    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, place: Place, e: Epilogue
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, c: Convolution
 ) -> Mapping[str, int]:
     """The tuned tiles, or those of the rule."""
-    window, groups, heavy = place.window, place.groups, gemm.is_heavy(e)
-    m, n, channels = out.numel() // len(w), len(w) // groups, w.shape[-1]
+    window, heavy, channels = c.window, gemm.is_heavy(c.epilogue), w.shape[-1]
+    groups = x.shape[-1] // channels
+    m, n = out.numel() // len(w), len(w) // groups
     capability, processors = gemm.device_facts(x.device)
     facts = (bucket(m), n, channels, window.taps)
     options = {
@@ -77,7 +76,7 @@ def _choose(
     }  # fmt: skip
     key = (
         f"{bucket(m)}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride "
-        f"{window.stride[0]} groups {groups} {_border(place)} {out.element_size()} "
+        f"{window.stride[0]} groups {groups} {_border(c)} {out.element_size()} "
         f"{'heavy' if heavy else 'light'}"
     )
 
@@ -86,39 +85,39 @@ def _choose(
 
     def run(tiles: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
-        _launch(x, w, result, place, e, tiles)
+        _launch(x, w, result, c, tiles)
         return result
 
     return best("int8_conv2d", key, x.device, config(*facts, **options), others, run)
 
 
-def _border(place: Place) -> str:
+def _border(c: Convolution) -> str:
     """How codes beyond an image are made: not at all, as zeros, or as other codes."""
-    if not any(place.window.padding):
+    if not any(c.window.padding):
         return "none"
-    return "codes" if place.zero_point else "zeros"
+    return "codes" if c.zero_point else "zeros"
 
 
 def _launch(
     x: torch.Tensor,
     w: torch.Tensor,
     out: torch.Tensor,
-    place: Place,
-    e: Epilogue,
+    c: Convolution,
     tiles: Mapping[str, int],
 ) -> None:
     """Fills `out` [B, H', W', N], from `_channels_last` x and w; none is empty."""
-    window, groups = place.window, place.groups
+    window, e = c.window, c.epilogue
     (_, high, wide, n), channels = out.shape, w.shape[-1]
-    fold, border = folds(channels), _border(place)
+    groups = x.shape[-1] // channels
+    fold, border = folds(channels), _border(c)
     m, each = out.numel() // n, n // groups
     count = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(each, tiles["BLOCK_N"]) * groups
     codes = x
     if border == "codes" and not fold:
-        codes = x.new_full((channels,), place.zero_point)
+        codes = x.new_full((channels,), c.zero_point)
     conv_kernel[(count,)](
         x, w, codes, out, *gemm.end_arguments(e, x),
-        place.zero_point, m, each, x.shape[1], x.shape[2], channels, high, wide, groups,
+        c.zero_point, m, each, x.shape[1], x.shape[2], channels, high, wide, groups,
         KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1],
         STRIDE_H=window.stride[0], STRIDE_W=window.stride[1],
         DILATION_H=window.dilation[0], DILATION_W=window.dilation[1],

@@ -13,7 +13,7 @@ __all__ = ["conv_kernel"]
 
 @triton.jit
 def _codes_of_one_tap(
-    images, border_ptr, rows_y, rows_x, step, zero_point, H, W, C, pixel,
+    images, border_ptr, rows_y, rows_x, step, H, W, C, pixel,
     KERNEL_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     BORDER: tl.constexpr, EVEN_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def conv_kernel(
         blocks = tl.cdiv(C, BLOCK_K)
         for step in range(KERNEL_H * KERNEL_W * blocks):
             codes = _codes_of_one_tap(
-                images, border_ptr, rows_y, rows_x, step, zero_point, H, W, C, pixel,
+                images, border_ptr, rows_y, rows_x, step, H, W, C, pixel,
                 KERNEL_W, DILATION_H, DILATION_W, BORDER, EVEN_C, BLOCK_K,
             )  # fmt: skip
             cs = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)

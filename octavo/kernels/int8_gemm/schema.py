@@ -75,9 +75,9 @@ def int8_gemm(
     tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
     # a compiler computes a costly activation anew for each reader, such as the two passes of the
     # quantization that follows; called whole it is computed once
-    if is_inlined(x_q, backend) and activation in ("none", "relu", "relu6"):
-        if not int_mm.why_not(x_q, w_q):
-            return int_mm.int8_gemm(x_q, w_q, epilogue)
+    simple = activation in ("none", "relu", "relu6")
+    if is_inlined(x_q, backend) and simple and not int_mm.why_not(x_q, w_q):
+        return int_mm.int8_gemm(x_q, w_q, epilogue)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
     result: torch.Tensor = call(
         *tensors, activation, out_dtype, out_zero_point, residual_zero_point, backend

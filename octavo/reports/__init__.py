@@ -5,6 +5,7 @@ the optional extra `report`, and say so when it is missing.
 """
 
 from octavo.reports.console import print_comparison, print_layers, print_report, print_trials
+from octavo.reports.fusions import print_fusions
 from octavo.reports.headline import headline
 from octavo.reports.html import write_html
 from octavo.reports.jsonfile import SCHEMA_VERSION, write_json
@@ -15,6 +16,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "headline",
     "print_comparison",
+    "print_fusions",
     "print_layers",
     "print_report",
     "print_swaps",

@@ -1,0 +1,68 @@
+"""What became of the convolutions of a model that was fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FuseSummary", "Fusion", "NearMiss"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One layer that stands for several.
+
+    Attributes:
+        name: of the layer, which is that of the first convolution in it.
+        pattern: what it computes in one ("depthwise + BN + relu6 + pointwise + BN + residual").
+        layers: names of the layers that it stands for, as far as they had one.
+        convolutions: how many of these are convolutions.
+    """
+
+    name: str
+    pattern: str
+    layers: tuple[str, ...]
+    convolutions: int
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A layer that looks as if it could be fused, or fused further, and was not.
+
+    Attributes:
+        name: of the layer.
+        kind: what it is ("convolution", "BatchNorm", "depthwise").
+        reason: why it stays.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FuseSummary:
+    """All that was found, in the order of the model.
+
+    Attributes:
+        method: how the order of the layers is known: "torch.fx", "torch.export", "recorded" from a
+            run on the example inputs, or "nn.Sequential".
+        notes: why a better way was not taken, and what holds for the fused model only.
+        fusions: one entry a fused layer.
+        near_misses: layers that stay as they are, or in part, and why.
+        convolutions: how many convolutions the model calls.
+        depthwise: how many of them are depthwise.
+        separable: how many of the depthwise are fused with their pointwise convolution.
+    """
+
+    method: str
+    notes: tuple[str, ...]
+    fusions: tuple[Fusion, ...]
+    near_misses: tuple[NearMiss, ...]
+    convolutions: int
+    depthwise: int
+    separable: int
+
+    @property
+    def fused(self) -> int:
+        """How many of the convolutions are in a fused layer."""
+        return sum(fusion.convolutions for fusion in self.fusions)

@@ -1,0 +1,107 @@
+"""Fused layers in the place of what they stand for: in a graph, or among a model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import fx, nn
+
+from octavo.layers.fuse.make import make
+from octavo.layers.fuse.steps import is_nothing
+from octavo.layers.fuse.trace import FusedModel
+from octavo.layers.fuse.unit import Pair, Unit
+
+__all__ = ["drop_nothing", "rewrite_graph", "rewrite_modules"]
+
+aten = torch.ops.aten
+
+
+def drop_nothing(graph: fx.Graph, root: nn.Module) -> None:
+    """Takes out identities and dropout."""
+    for node in list(graph.nodes):
+        if is_nothing(node, root):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def rewrite_graph(model: FusedModel, layers: Sequence[Unit | Pair]) -> FusedModel:
+    """Puts layers where the last of their nodes was.
+
+    Args:
+        model: what `traced` or `exported` made; not to be used afterwards.
+        layers: found in its graph.
+
+    Returns:
+        the model with the layers; what stayed are still the modules of the float model.
+    """
+    graph = model.graph
+    now: dict[fx.Node, fx.Node] = {}
+    names = _names(graph, layers)
+    for layer, name in zip(layers, names, strict=True):
+        model.add_submodule(name, make(layer, channels_last=True))
+    for layer, name in sorted(zip(layers, names, strict=True), key=lambda pair: pair[0].out):
+        with graph.inserting_before(layer.out):
+            node = graph.call_module(name, tuple(now.get(one, one) for one in layer.reads))
+        layer.out.replace_all_uses_with(node)
+        now[layer.out] = node
+        for old in reversed(layer.nodes):
+            graph.erase_node(old)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    _reshape_views(graph)
+    graph.lint()
+    return FusedModel(model, graph, type(model).__name__)
+
+
+def rewrite_modules(model: nn.Module, layers: Sequence[Unit | Pair]) -> None:
+    """Puts layers where their first module was, and identities where the others were.
+
+    Args:
+        model: changed.
+        layers: whose nodes are calls of modules, each called once.
+    """
+    for layer in layers:
+        first, *others = (str(node.target) for node in layer.nodes)
+        new = make(layer, channels_last=False)
+        model.set_submodule(first, new)
+        for name in others:
+            model.set_submodule(name, nn.Identity())
+
+
+def _names(graph: fx.Graph, layers: Sequence[Unit | Pair]) -> list[str]:
+    """A name in the model for each layer: that of its convolution where nothing else needs it."""
+    gone = {node for layer in layers for node in layer.nodes}
+    kept = {
+        str(node.target)
+        for node in graph.nodes
+        if (node.op == "call_module" and node not in gone)
+        or (node.op == "get_attr" and not set(node.users) <= gone)
+    }
+    taken = {*kept, *(layer.name for layer in layers)}
+    names = []
+    for layer in layers:
+        name = layer.name
+        if _collides(name, taken - {name}) or name in kept:
+            name = name.replace(".", "_") + "_fused"
+            while _collides(name, taken) or name in taken:
+                name += "_"
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _collides(name: str, others: Collection[str]) -> bool:
+    """Whether one name lies within another's module."""
+    return any(one.startswith(f"{name}.") or name.startswith(f"{one}.") for one in others)
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """Fused layers give channels_last, in which `view` cannot join axes; `reshape` can."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            if not any(isinstance(arg, torch.dtype) for arg in node.args):
+                node.target = "reshape"
+        elif node.op == "call_function" and node.target is aten.view.default:
+            node.target = aten.reshape.default

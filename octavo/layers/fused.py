@@ -1,0 +1,204 @@
+"""Convolutions for inference: BatchNorm folded in, activation and residual in the same layer."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from octavo.core.errors import InputError
+from octavo.kernels import depthwise_conv2d
+from octavo.kernels.arguments import FLOATS
+from octavo.kernels.int8_gemm.reference import ACTIVATIONS, IN_PLACE
+from octavo.layers.linear import compute_dtype
+
+__all__ = ["FusedConv2d", "FusedSeparableConv2d"]
+
+Pair: TypeAlias = "int | tuple[int, int]"
+Padding: TypeAlias = "int | tuple[int, int] | tuple[int, int, int, int]"
+
+
+class FusedConv2d(nn.Module):
+    """y = final_activation(activation(conv(x) + b) + residual), for inference.
+
+    Depthwise convolutions run `octavo.kernels.depthwise_conv2d`, others torch's; what follows is
+    computed in the memory of the result.
+
+    Args:
+        in_channels: C.
+        out_channels: N.
+        kernel_size: kh and kw.
+        stride: along height and width.
+        padding: zeros around x: a number, (height, width) or (left, right, top, bottom).
+        dilation: along height and width.
+        groups: of channels.
+        bias: whether there is one.
+        activation: of the convolution, as in `octavo.kernels.int8_gemm`.
+        final_activation: of the sum with the residual.
+        channels_last: whether the result is channels_last in memory, in which convolutions are
+            the fastest; else it is stored like x.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        weight: [N, C / groups, kh, kw]; it wants no gradient.
+        bias: [N], or None.
+        sources: names of the layers of the float model that it stands for.
+
+    Raises:
+        InputError: an activation that kernels do not know, or a padding of another form.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        *,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str = "none",
+        final_activation: str = "none",
+        channels_last: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for given in (activation, final_activation):
+            if given not in ACTIVATIONS:
+                known = ", ".join(ACTIVATIONS)
+                raise InputError(f"activation {given!r} is unknown; use one of {known}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = map(_pair, (kernel_size, stride, dilation))
+        self.padding = _sides(padding)
+        self.activation, self.final_activation = activation, final_activation
+        self.channels_last = channels_last
+        self.sources: tuple[str, ...] = ()
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        weight = torch.zeros(shape, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        zeros = torch.zeros(out_channels, device=device, dtype=dtype) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel is convolved by itself."""
+        return self.groups == self.in_channels == self.out_channels > 1
+
+    def forward(self, x: torch.Tensor, residual: Any = None) -> torch.Tensor:
+        """[B, C, H, W] to [B, N, H', W']; `residual` is added to that."""
+        if x.ndim == 3:
+            return self(x[None], residual)[0]  # type: ignore[no-any-return]
+        y = _finish(self._convolve(x), residual, self.final_activation)
+        if self.channels_last or x.is_contiguous(memory_format=torch.channels_last):
+            return y
+        return y.contiguous()
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if self.depthwise:
+            dtype = compute_dtype(x)
+            if dtype in FLOATS:
+                return depthwise_conv2d(
+                    x.to(dtype),
+                    self.weight.to(dtype),
+                    self.bias,
+                    stride=self.stride,
+                    padding=self.padding,
+                    dilation=self.dilation,
+                    activation=self.activation,
+                )
+        left, right, top, bottom = self.padding
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        around = (top, left)
+        if left != right or top != bottom:
+            x, around = functional.pad(x, self.padding), (0, 0)
+        y = functional.conv2d(
+            x, self.weight, self.bias, self.stride, around, self.dilation, self.groups
+        )
+        return IN_PLACE[self.activation](y)
+
+    def extra_repr(self) -> str:
+        """Sizes, and what is computed along."""
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}",
+            f"stride={self.stride}, padding={self.padding}",
+        ]
+        usual = {"dilation": (1, 1), "groups": 1, "activation": "none", "final_activation": "none"}
+        given = {name: getattr(self, name) for name in usual}
+        parts += [f"{name}={value!r}" for name, value in given.items() if value != usual[name]]
+        return ", ".join(parts)
+
+
+class FusedSeparableConv2d(nn.Module):
+    """y = pointwise(depthwise(x)) + residual, each with bias and activation, for inference.
+
+    Args:
+        depthwise: the first.
+        pointwise: the second: 1 x 1, stride 1, no padding, no groups.
+
+    Attributes:
+        sources: names of the layers of the float model that it stands for.
+
+    Raises:
+        InputError: layers that are not of this form.
+    """
+
+    def __init__(self, depthwise: FusedConv2d, pointwise: FusedConv2d) -> None:
+        super().__init__()
+        if not depthwise.depthwise or depthwise.final_activation != "none":
+            raise InputError(f"the first layer is {depthwise}; it must be depthwise")
+        form = (pointwise.kernel_size, pointwise.stride, pointwise.padding, pointwise.groups)
+        if form != ((1, 1), (1, 1), (0, 0, 0, 0), 1):
+            raise InputError(f"the second layer is {pointwise}; it must be pointwise")
+        if pointwise.in_channels != depthwise.out_channels:
+            raise InputError(
+                f"the first layer gives {depthwise.out_channels} channels and the second takes "
+                f"{pointwise.in_channels}"
+            )
+        self.depthwise, self.pointwise = depthwise, pointwise
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the layers of the float model that it stands for."""
+        return tuple(dict.fromkeys((*self.depthwise.sources, *self.pointwise.sources)))
+
+    def forward(self, x: torch.Tensor, residual: Any = None) -> torch.Tensor:
+        """[B, C, H, W] to [B, N, H', W']; `residual` is added to that."""
+        y: torch.Tensor = self.pointwise(self.depthwise(x), residual)
+        return y
+
+
+def _finish(y: torch.Tensor, residual: Any, final_activation: str) -> torch.Tensor:
+    if residual is None:
+        return IN_PLACE[final_activation](y)
+    alike = isinstance(residual, torch.Tensor) and (residual.shape, residual.dtype) == (
+        y.shape,
+        y.dtype,
+    )
+    y = y.add_(residual) if alike else y + residual
+    return IN_PLACE[final_activation](y)
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _sides(value: Padding) -> tuple[int, int, int, int]:
+    """Padding as left, right, top, bottom."""
+    if isinstance(value, int):
+        return value, value, value, value
+    if len(value) == 2:
+        return value[1], value[1], value[0], value[0]
+    if len(value) == 4 and min(value) >= 0:
+        return value
+    raise InputError(
+        f"padding is {value!r}; give a number, (height, width) or (left, right, top, bottom)"
+    )

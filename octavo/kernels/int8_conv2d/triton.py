@@ -11,7 +11,7 @@ from torch.nn import functional
 from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_conv2d.tiles import candidates, config, folds
-from octavo.kernels.int8_conv2d.triton_kernel import conv_kernel
+from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
 from octavo.kernels.int8_gemm import triton as gemm
 from octavo.kernels.int8_gemm.tiles import bucket, pieces
 from octavo.kernels.tuning import best

@@ -171,7 +171,12 @@ def why_not_here() -> str:
     Kernels without VNNI add pairs of products in 16 bits, which saturates, or halve the weights.
     """
     random = torch.Generator().manual_seed(0)
-    for channels, n, taps, groups in ((64, 64, 3, 1), (3, 33, 3, 1), (64, 32, 1, 1), (32, 32, 3, 32)):
+    for channels, n, taps, groups in (
+        (64, 64, 3, 1),
+        (3, 33, 3, 1),
+        (64, 32, 1, 1),
+        (32, 32, 3, 32),
+    ):
         for x_code in (-128, 127):
             for w_code in (-128, 127):
                 x = torch.full((1, channels, 9, 9), x_code)

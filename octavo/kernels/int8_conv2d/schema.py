@@ -70,8 +70,8 @@ def int8_conv2d(
         out_scale: float32 [], for int8 output.
         out_zero_point: the code of 0.0 in int8 output.
         backend: "auto", "triton", "onednn" (on CPUs), "int_mm" (torch._int_mm and the epilogue in
-            torch) or "reference"; one that is named runs or is refused. On a GPU "auto" measures those that
-            can run, once for each shape bucket, and keeps the fastest; see
+            torch) or "reference"; one that is named runs or is refused. On a GPU "auto" measures
+            those that can run, once for each shape bucket, and keeps the fastest; see
             `octavo.kernels.explain`.
 
     Returns:
@@ -90,7 +90,7 @@ def int8_conv2d(
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
     n = w_q.shape[0]
-    result = (len(x_q), n, *window.out_size(*x_q.shape[2:]))
+    result = (x_q.shape[0], n, *window.out_size(*x_q.shape[2:]))
     check_epilogue(epilogue, x_q, scales_x=[()], n=n, result=result)
     tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_conv2d

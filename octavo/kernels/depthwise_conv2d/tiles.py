@@ -31,17 +31,14 @@ def config(out_h: int, out_w: int, channels: int, size: int) -> Tiles:
         size: bytes of a value of x.
 
     Returns:
-        BLOCK_H, BLOCK_W, BLOCK_C, num_warps, num_stages.
+        BLOCK_H, BLOCK_W, BLOCK_C, ROW (whether the taps of a row are loaded at once), num_warps,
+        num_stages.
     """
     return _tiles(out_h, out_w, min(power_of_two(channels), LINE // size), VALUES, 4)
 
 
 def candidates(out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
-    """Tile sizes worth measuring for a shape; takes the arguments and yields the fields of `config`.
-
-    Yields:
-        each once.
-    """
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
     found = []
     for line, values, warps in itertools.product((LINE, LINE // 2, 2 * LINE), (8, 16, 32), (4, 8)):
         block = min(power_of_two(channels), line // size)
@@ -92,6 +89,7 @@ def _tiles(out_h: int, out_w: int, block: int, values: int, warps: int) -> Tiles
         "BLOCK_H": height,
         "BLOCK_W": width,
         "BLOCK_C": block,
+        "ROW": 1,
         "num_warps": warps,
         "num_stages": 1,
     }

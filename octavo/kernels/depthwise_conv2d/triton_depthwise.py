@@ -19,7 +19,7 @@ def depthwise_kernel(
     TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Images [B, H, W, C] to results [B, OUT_H, OUT_W, C], which have M pixels."""
     blocks = tl.cdiv(C, BLOCK_C)
@@ -28,7 +28,7 @@ def depthwise_kernel(
     image, out_h, out_w = tile_pixels(program // blocks, OUT_H, OUT_W, BLOCK_H, BLOCK_W)
     acc = window_sums(
         x_ptr, w_ptr, image, out_h * STRIDE_H - TOP, out_w * STRIDE_W - LEFT, cols, zero_point,
-        H, W, C, DILATION_H, DILATION_W, KH, KW,
+        H, W, C, DILATION_H, DILATION_W, KH, KW, ROW,
     )  # fmt: skip
     rows = (image.to(tl.int64) * OUT_H + out_h) * OUT_W + out_w
     rows = tl.where((out_h < OUT_H) & (out_w < OUT_W), rows, M)

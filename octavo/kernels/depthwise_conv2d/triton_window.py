@@ -22,9 +22,18 @@ def tile_pixels(tile, OUT_H, OUT_W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
 
 
 @triton.jit
+def _tap(acc, images, k, h, w, present, around, H, W, C):
+    """Adds the products of one tap, at rows h and columns w [pixels], and weights k [channels]."""
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    there = images + ((h.to(tl.int64) * W + w) * C)[:, None]
+    x = tl.load(there, mask=inside[:, None] & present[None, :], other=around)
+    return acc + x.to(acc.dtype) * k.to(acc.dtype)[None, :]
+
+
+@triton.jit
 def window_sums(
     x_ptr, w_ptr, image, first_h, first_w, cols, zero_point, H, W, C, DILATION_H, DILATION_W,
-    KH: tl.constexpr, KW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Sums of the products of a window and its weights [pixels, channels]; int32 of codes.
 
@@ -34,7 +43,7 @@ def window_sums(
         image: number of the image.
         first_h: row of each pixel's first tap, before the image where it is negative [pixels].
         first_w: its column [pixels].
-        cols: channels; those from C on are 0.
+        cols: channels; the sums of those from C on are 0.
         zero_point: code around the image, int32.
         H: height of an image.
         W: width.
@@ -43,8 +52,8 @@ def window_sums(
         DILATION_W: columns.
         KH: taps down.
         KW: taps across.
+        ROW: whether the taps of a row are loaded at once, for which registers must suffice.
     """
-    # a loop over rows, and a row at once: with all taps at once registers run out
     if x_ptr.dtype.element_ty == tl.int8:
         around = zero_point.to(tl.int8)
         acc = tl.zeros((first_h.shape[0], cols.shape[0]), dtype=tl.int32)
@@ -56,16 +65,12 @@ def window_sums(
     weights = w_ptr + cols
     for i in range(KH):
         h = first_h + i * DILATION_H
-        row = h.to(tl.int64) * W
-        in_row = (h >= 0) & (h < H)
-        for j in tl.static_range(KW):
-            w = first_w + j * DILATION_W
-            inside = in_row & (w >= 0) & (w < W)
-            x = tl.load(
-                images + ((row + w) * C)[:, None],
-                mask=inside[:, None] & present[None, :],
-                other=around,
-            )
-            k = tl.load(weights + (i * KW + j) * C, mask=present, other=0)
-            acc += x.to(acc.dtype) * k.to(acc.dtype)[None, :]
+        if ROW:
+            for j in tl.static_range(KW):
+                k = tl.load(weights + (i * KW + j) * C, mask=present, other=0)
+                acc = _tap(acc, images, k, h, first_w + j * DILATION_W, present, around, H, W, C)
+        else:
+            for j in range(KW):
+                k = tl.load(weights + (i * KW + j) * C, mask=present, other=0)
+                acc = _tap(acc, images, k, h, first_w + j * DILATION_W, present, around, H, W, C)
     return acc

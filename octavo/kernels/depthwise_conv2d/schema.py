@@ -20,7 +20,9 @@ __all__ = [
     "check_zero_point",
     "depthwise_conv1d",
     "depthwise_conv2d",
+    "kind",
     "result_dtype",
+    "window_of",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
@@ -229,15 +231,15 @@ def _run(
         scale_x, scale_w, bias, None, out_scale, activation, out_dtype,
         out_zero_point=out_zero_point,
     )  # fmt: skip
-    c = Convolution(_window(weight, stride, padding, dilation), zero_point, epilogue)
-    kind = _kind(x, c) if x.is_cuda else None
+    c = Convolution(window_of(weight, stride, padding, dilation), zero_point, epilogue)
+    bucket = kind(x, weight, c) if x.is_cuda else None
     name = "depthwise_conv2d"
-    body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=kind)
+    body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=bucket)
     result: torch.Tensor = body.run(x, weight, c)
     return result
 
 
-def _window(
+def window_of(
     weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Window:
     """The window again, from the lists of a registered operator."""
@@ -276,7 +278,7 @@ def _fake(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    height, width = _window(weight, stride, padding, dilation).out_size(*x.shape[2:])
+    height, width = window_of(weight, stride, padding, dilation).out_size(*x.shape[2:])
     return torch.empty(
         (x.shape[0], x.shape[1], height, width),
         dtype=out_dtype,
@@ -291,7 +293,7 @@ def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tens
     return triton.depthwise_conv2d(x, weight, c)
 
 
-def _kind(x: torch.Tensor, c: Convolution) -> tuple[object, ...]:
+def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     return (
         *x.shape,

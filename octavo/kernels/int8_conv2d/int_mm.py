@@ -61,8 +61,9 @@ def _patches(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
 
 def _products(patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sums int32 [B, H', W', N] of patches and weights [groups, N / groups, kh * kw * C]."""
+    # a copy in any case: rows of a kernel of one line could be a view in which they overlap
     sums = [
-        torch._int_mm(patches[:, :, :, group].reshape(-1, of.shape[1]), of.T)
+        torch._int_mm(patches[:, :, :, group].reshape(-1, of.shape[1]).contiguous(), of.T)
         for group, of in enumerate(weights)
     ]
     joined = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)

@@ -15,9 +15,7 @@ def int8_conv2d(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tenso
     window, groups = c.window, x.shape[1] // w.shape[1]
     padded = functional.pad(x.double(), window.padding, value=c.zero_point)
     # float64 holds every sum of products of codes that int32 does
-    sums = functional.conv2d(
-        padded, w.double(), None, window.stride, 0, window.dilation, groups
-    )
+    sums = functional.conv2d(padded, w.double(), None, window.stride, 0, window.dilation, groups)
     return c.finish(sums.round().to(torch.int32))
 
 

@@ -10,7 +10,7 @@ from octavo.core.errors import InputError
 from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.depthwise_conv2d.schema import check_zero_point
 from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
-from octavo.kernels.int8_conv2d import int_mm, reference
+from octavo.kernels.int8_conv2d import int_mm, onednn, reference
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import MAX_K, check_epilogue
 from octavo.kernels.window import Padding, Pair, Window, make_window
@@ -69,9 +69,9 @@ def int8_conv2d(
             accumulators alone, which take no scales, bias, activation or residual.
         out_scale: float32 [], for int8 output.
         out_zero_point: the code of 0.0 in int8 output.
-        backend: "auto", "triton", "int_mm" (torch._int_mm and the epilogue in torch) or
-            "reference"; one that is named runs or is refused. On a GPU "auto" measures those that
-            can run, once for each shape bucket, and keeps the fastest; see
+        backend: "auto", "triton", "onednn" (on CPUs), "int_mm" (torch._int_mm and the epilogue in
+            torch) or "reference"; one that is named runs or is refused. On a GPU "auto" measures
+            those that can run, once for each shape bucket, and keeps the fastest; see
             `octavo.kernels.explain`.
 
     Returns:
@@ -90,7 +90,7 @@ def int8_conv2d(
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
     n = w_q.shape[0]
-    result = (len(x_q), n, *window.out_size(*x_q.shape[2:]))
+    result = (x_q.shape[0], n, *window.out_size(*x_q.shape[2:]))
     check_epilogue(epilogue, x_q, scales_x=[()], n=n, result=result)
     tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_conv2d
@@ -235,6 +235,7 @@ def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...
 
 _BODIES = (
     Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("onednn", onednn.why_not, onednn.int8_conv2d),
     Body("int_mm", int_mm.why_not, int_mm.int8_conv2d),
     Body("reference", lambda *_: "", reference.int8_conv2d, "last"),
 )

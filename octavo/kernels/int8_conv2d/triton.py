@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.int8_conv2d.reference import is_pointwise
-from octavo.kernels.int8_conv2d.tiles import candidates, config, folds
-from octavo.kernels.int8_conv2d.triton_kernel import conv_kernel
+from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config, folds
+from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
 from octavo.kernels.int8_gemm import triton as gemm
 from octavo.kernels.int8_gemm.tiles import bucket, pieces
 from octavo.kernels.tuning import best
@@ -70,10 +70,7 @@ def _choose(
     groups = x.shape[-1] // channels
     m, n = out.numel() // len(w), len(w) // groups
     capability, processors = gemm.device_facts(x.device)
-    facts = (bucket(m), n, channels, window.taps)
-    options = {
-        "groups": groups, "heavy": heavy, "capability": capability, "processors": processors,
-    }  # fmt: skip
+    facts = Facts(bucket(m), n, channels, window.taps, groups, heavy, capability, processors)
     key = (
         f"{bucket(m)}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride "
         f"{window.stride[0]} groups {groups} {_border(c)} {out.element_size()} "
@@ -81,14 +78,14 @@ def _choose(
     )
 
     def others() -> Iterator[Mapping[str, int]]:
-        return candidates(*facts, **options)
+        return candidates(facts)
 
     def run(tiles: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
         _launch(x, w, result, c, tiles)
         return result
 
-    return best("int8_conv2d", key, x.device, config(*facts, **options), others, run)
+    return best("int8_conv2d", key, x.device, config(facts), others, run)
 
 
 def _border(c: Convolution) -> str:

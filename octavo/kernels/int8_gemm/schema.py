@@ -10,11 +10,12 @@ from octavo.kernels.int8_gemm import dequantize, int_mm, reference
 from octavo.kernels.int8_gemm.tiles import bucket
 from octavo.kernels.tracing import is_inlined
 
-__all__ = ["check_epilogue", "int8_gemm"]
+__all__ = ["FLOATS", "MAX_K", "check_epilogue", "check_tensor", "int8_gemm"]
 
 MAX_K = 2**31 // 128**2 - 1
 """The longest sum of products of two codes that cannot overflow int32."""
-OUTPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+OUTPUTS = (*FLOATS, torch.int8, torch.int32)
 
 
 def int8_gemm(
@@ -150,13 +151,12 @@ def check_epilogue(
     _check_zero_point("out_zero_point", e.out_zero_point, e.out_scale, "int8 output")
     codes = "a residual of int8 codes"
     _check_zero_point("residual_zero_point", e.residual_zero_point, e.residual_scale, codes)
-    floats = (torch.float16, torch.bfloat16, torch.float32)
-    _check("scale_x", e.scale_x, scales_x, x_q, (torch.float32,))
-    _check("scale_w", e.scale_w, [(), (n,)], x_q, (torch.float32,))
-    _check("out_scale", e.out_scale, [()], x_q, (torch.float32,))
-    _check("residual_scale", e.residual_scale, [()], x_q, (torch.float32,))
-    _check("bias", e.bias, [(n,)], x_q, floats)
-    _check("residual", e.residual, [result], x_q, (*floats, torch.int8))
+    check_tensor("scale_x", e.scale_x, scales_x, x_q, (torch.float32,))
+    check_tensor("scale_w", e.scale_w, [(), (n,)], x_q, (torch.float32,))
+    check_tensor("out_scale", e.out_scale, [()], x_q, (torch.float32,))
+    check_tensor("residual_scale", e.residual_scale, [()], x_q, (torch.float32,))
+    check_tensor("bias", e.bias, [(n,)], x_q, FLOATS)
+    check_tensor("residual", e.residual, [result], x_q, (*FLOATS, torch.int8))
 
 
 def _check_zero_point(name: str, value: int, scale: torch.Tensor | None, owner: str) -> None:
@@ -166,13 +166,18 @@ def _check_zero_point(name: str, value: int, scale: torch.Tensor | None, owner: 
         raise InputError(f"{name} is {value} and belongs to {owner}; leave it 0")
 
 
-def _check(
+def check_tensor(
     name: str,
     value: torch.Tensor | None,
     shapes: list[tuple[int, ...]],
     x_q: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
+    """An argument, where it is given, has one of these shapes and dtypes, and the device of x_q.
+
+    Raises:
+        InputError: it has another.
+    """
     if value is None:
         return
     if tuple(value.shape) not in shapes or value.dtype not in dtypes:

@@ -14,10 +14,12 @@ POINTERS = {
     "scale_w_ptr": "*fp32",
     "bias_ptr": "*bf16",
     "residual_ptr": "*bf16",
+    "residual_scale_ptr": "*fp32",
     "out_scale_ptr": "*fp32",
     "N": "i32",
     "K": "i32",
 }
+UNSPECIALIZED = {"M": "i32", "residual_zero_point": "i32", "out_zero_point": "i32"}
 HOPPER = (9, 0)
 
 
@@ -104,7 +106,7 @@ def _tiles(
         _title(shape, tiles, *words),
         f"{FOLDER}.triton_tiles",
         "tiles_kernel",
-        {**types, "M": "i32"},
+        {**types, **UNSPECIALIZED},
         {**constants, "EVEN_K": even, "FEW": few},
         tuple(types),
         chosen,
@@ -129,7 +131,7 @@ def _persistent(shape: str, tiles: Mapping[str, int], *, fused: bool = True) -> 
         _title(shape, tiles, *words),
         f"{FOLDER}.triton_persistent",
         "persistent_kernel",
-        {**boxes, **types, "M": "i32"},
+        {**boxes, **types, **UNSPECIALIZED},
         {**constants, "FLATTEN": bool(tiles["FLATTEN"])},
         tuple(types),
         chosen,

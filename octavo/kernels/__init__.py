@@ -5,6 +5,7 @@ and triton.py, which take the same arguments.
 """
 
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv1d, depthwise_conv2d
+from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
 from octavo.kernels.dispatch import explain
 from octavo.kernels.dynamic_quantize.schema import (
     LayerNorm,
@@ -22,6 +23,7 @@ __all__ = [
     "add_dynamic_quantize",
     "depthwise_conv1d",
     "depthwise_conv2d",
+    "depthwise_separable_conv2d",
     "dynamic_quantize",
     "explain",
     "int8_gemm",

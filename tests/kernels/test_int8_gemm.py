@@ -132,7 +132,7 @@ def test_nothing_to_multiply(shape: tuple[int, int, int], device: torch.device) 
 def test_the_operator_is_sound(backend: str, device: torch.device) -> None:
     values = case(4, 24, 32, device)
     parts = [values[name] for name in ("x_q", "w_q", "scale_x", "scale_w", "bias", "residual")]
-    arguments = (*parts, None, "relu", torch.float16, backend)
+    arguments = (*parts, None, None, "relu", torch.float16, 0, 0, backend)
     torch.library.opcheck(torch.ops.octavo.int8_gemm, arguments)
 
 

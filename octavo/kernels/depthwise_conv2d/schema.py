@@ -7,16 +7,25 @@ from collections.abc import Sequence
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.arguments import FLOATS, check_choice, check_tensor, check_zero_point
 from octavo.kernels.depthwise_conv2d import conv2d, reference
+from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.int8_gemm.schema import check_epilogue
 from octavo.kernels.tracing import is_inlined, wants_gradient
 from octavo.kernels.window import Padding, Pair, Window, make_window
 
-__all__ = ["check_images", "check_scales", "depthwise_conv1d", "depthwise_conv2d", "result_dtype"]
+__all__ = [
+    "check_images",
+    "check_zero_point",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "kind",
+    "result_dtype",
+    "window_of",
+]
 
-OUTPUTS = (*FLOATS, torch.int8, torch.int32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 
 
 def depthwise_conv2d(
@@ -39,7 +48,7 @@ def depthwise_conv2d(
     """Convolves each channel with a kernel of its own.
 
     Floats are added up in float32 and rounded once, at the end. Codes are added up exactly in
-    int32, then y = sum * (scale_x * scale_w) + bias in float32, the activation, and one rounding.
+    int32, then y = sum * scale_x * scale_w + bias in float32, the activation, and one rounding.
 
     A zero point is not subtracted from the codes: padding holds it, so that every window sums
     over all taps, and the constant -zero_point * sum(w_q) * scale_x * scale_w belongs into `bias`.
@@ -78,29 +87,18 @@ def depthwise_conv2d(
         UnsupportedError: the backend asked for cannot run this.
     """
     check_images(x, weight)
-    channels = x.shape[1]
+    check_zero_point(x, zero_point)
     window = make_window(weight.shape[2:], x.shape[2:], stride, padding, dilation)
     dtype = result_dtype(x, out_dtype, out_scale)
-    check_choice("activation", activation, ACTIVATIONS)
-    check_tensor("bias", bias, [(channels,)], x)
-    check_tensor("scale_x", scale_x, [()], x, [torch.float32])
-    check_tensor("scale_w", scale_w, [(), (channels,)], x, [torch.float32])
-    if dtype == torch.int32:
-        if activation != "none" or any(one is not None for one in (bias, scale_x, scale_w)):
-            raise InputError(
-                "int32 output is the sums alone; leave scales, bias and activation out"
-            )
-    else:
-        check_scales(x, {"scale_x": scale_x, "scale_w": scale_w}, {"zero_point": zero_point})
-    check_out(x, dtype, out_scale, out_zero_point)
-    check_zero_point("zero_point", zero_point)
-    tensors = (x, weight, bias, scale_x, scale_w, out_scale)
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, None, out_scale, activation, dtype, out_zero_point=out_zero_point
+    )
+    check_epilogue(epilogue, x, scales_x=[()], n=x.shape[1], result=())
     if is_inlined(x, backend) or wants_gradient(backend, x, weight, bias):
-        c = reference.Convolution(
-            window, *tensors[2:], activation, zero_point, out_zero_point, dtype
-        )
+        c = Convolution(window, zero_point, epilogue)
         if not conv2d.why_not(x, weight, c):
             return conv2d.depthwise_conv2d(x, weight, c)
+    tensors = (x, weight, bias, scale_x, scale_w, out_scale)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.depthwise_conv2d
     result: torch.Tensor = call(
         *tensors,
@@ -171,7 +169,8 @@ def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
     Raises:
         InputError: they do not.
     """
-    check_choice("dtype of x", x.dtype, (*FLOATS, torch.int8))
+    if x.dtype not in DTYPES:
+        raise InputError(f"x is {x.dtype}; it must be one of {DTYPES}")
     if x.ndim != 4 or weight.ndim != 4 or tuple(weight.shape[:2]) != (x.shape[1], 1):
         raise InputError(
             f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; they are [B, C, H, W] "
@@ -187,23 +186,18 @@ def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise InputError(f"weight is on {weight.device} and x on {x.device}; move one of them")
 
 
-def check_scales(
-    x: torch.Tensor, scales: dict[str, torch.Tensor | None], zero_points: dict[str, int]
-) -> None:
-    """Codes have all scales, and floats have none and no zero point.
+def check_zero_point(x: torch.Tensor, zero_point: int) -> None:
+    """The zero point is a code, of codes.
 
     Raises:
-        InputError: it is not so.
+        InputError: it is not.
     """
-    names = ", ".join(scales)
-    if x.is_floating_point():
-        if any(one is not None for one in scales.values()) or any(zero_points.values()):
-            raise InputError(
-                f"{names} and {', '.join(zero_points)} belong to int8 codes, and x is {x.dtype}; "
-                "leave them out"
-            )
-    elif any(one is None for one in scales.values()):
-        raise InputError(f"int8 codes need {names}; give all of them, or ask for int32 output")
+    if not -128 <= zero_point <= 127:
+        raise InputError(f"zero_point is {zero_point}; an int8 code is from -128 to 127")
+    if zero_point and x.is_floating_point():
+        raise InputError(
+            f"zero_point is {zero_point} and belongs to int8 codes, and x is {x.dtype}; leave it 0"
+        )
 
 
 def result_dtype(
@@ -215,25 +209,6 @@ def result_dtype(
     if out_scale is not None:
         return torch.int8
     return x.dtype if x.is_floating_point() else torch.float32
-
-
-def check_out(
-    x: torch.Tensor, dtype: torch.dtype, out_scale: torch.Tensor | None, out_zero_point: int
-) -> None:
-    """What is said about the result fits together; see `depthwise_conv2d`.
-
-    Raises:
-        InputError: it does not.
-    """
-    check_choice("out_dtype", dtype, OUTPUTS)
-    if dtype == torch.int32 and x.is_floating_point():
-        raise InputError(f"int32 output is the sums of codes, and x is {x.dtype}; ask for floats")
-    check_tensor("out_scale", out_scale, [()], x, [torch.float32])
-    if (out_scale is not None) != (dtype == torch.int8):
-        raise InputError("out_scale belongs to int8 output; give both or neither")
-    check_zero_point("out_zero_point", out_zero_point)
-    if out_zero_point and out_scale is None:
-        raise InputError(f"out_zero_point {out_zero_point} belongs to int8 output; leave it out")
 
 
 def _run(
@@ -252,26 +227,19 @@ def _run(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    window = _window(weight, stride, padding, dilation)
-    c = reference.Convolution(
-        window,
-        bias,
-        scale_x,
-        scale_w,
-        out_scale,
-        activation,
-        zero_point,
-        out_zero_point,
-        out_dtype,
-    )
-    kind = _kind(x, c) if x.is_cuda else None
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, None, out_scale, activation, out_dtype,
+        out_zero_point=out_zero_point,
+    )  # fmt: skip
+    c = Convolution(window_of(weight, stride, padding, dilation), zero_point, epilogue)
+    bucket = kind(x, weight, c) if x.is_cuda else None
     name = "depthwise_conv2d"
-    body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=kind)
+    body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=bucket)
     result: torch.Tensor = body.run(x, weight, c)
     return result
 
 
-def _window(
+def window_of(
     weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Window:
     """The window again, from the lists of a registered operator."""
@@ -310,7 +278,7 @@ def _fake(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    height, width = _window(weight, stride, padding, dilation).out_size(*x.shape[2:])
+    height, width = window_of(weight, stride, padding, dilation).out_size(*x.shape[2:])
     return torch.empty(
         (x.shape[0], x.shape[1], height, width),
         dtype=out_dtype,
@@ -319,23 +287,24 @@ def _fake(
     )
 
 
-def _triton(x: torch.Tensor, weight: torch.Tensor, c: reference.Convolution) -> torch.Tensor:
+def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tensor:
     from octavo.kernels.depthwise_conv2d import triton
 
-    return triton.depthwise_conv2d(x, weight, c)
+    result: torch.Tensor = triton.depthwise_conv2d(x, weight, c)
+    return result
 
 
-def _kind(x: torch.Tensor, c: reference.Convolution) -> tuple[object, ...]:
+def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     return (
         *x.shape,
         str(x.dtype).removeprefix("torch."),
-        str(c.out_dtype).removeprefix("torch."),
+        str(c.epilogue.out_dtype).removeprefix("torch."),
         *c.window.kernel,
         *c.window.stride,
         *c.window.dilation,
         "symmetric" if c.window.symmetric else "asymmetric",
-        c.activation,
+        c.epilogue.activation,
         "last" if x.is_contiguous(memory_format=torch.channels_last) else "first",
     )
 

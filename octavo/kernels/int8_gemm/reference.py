@@ -36,7 +36,7 @@ IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Epilogue:
     """What happens to the accumulators; see `schema.int8_gemm` for the fields.
 
-    Without scales the accumulators are the result.
+    Int32 output is the accumulators. Sums of floats, of other operators, have no scales.
     """
 
     scale_x: torch.Tensor | None
@@ -46,24 +46,39 @@ class Epilogue:
     out_scale: torch.Tensor | None
     activation: str
     out_dtype: torch.dtype
+    residual_scale: torch.Tensor | None = None
+    out_zero_point: int = 0
+    residual_zero_point: int = 0
 
     def __call__(self, accumulator: torch.Tensor) -> torch.Tensor:
-        """From accumulators int32 [..., N] to the result, step by step in float32."""
-        if self.scale_x is None or self.scale_w is None:
+        """From accumulators int32 or float32 [..., N] to the result, step by step in float32."""
+        if self.out_dtype == torch.int32:
             return accumulator
-        scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
         # in place: on a CPU new memory costs as much as the arithmetic
-        y = _as_floats(accumulator).mul_(scale_x).mul_(self.scale_w)
+        y = _as_floats(accumulator)
+        if self.scale_x is not None and self.scale_w is not None:
+            scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
+            y = y.mul_(scale_x).mul_(self.scale_w)
         if self.bias is not None:
             y.add_(self.bias)
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
-            y = y.add_(self.residual)
-        return y.to(self.out_dtype) if self.out_scale is None else to_int8(y, self.out_scale)
+            y = y.add_(self._residual(self.residual))
+        if self.out_scale is None:
+            return y.to(self.out_dtype)
+        return to_int8(y, self.out_scale, self.out_zero_point)
+
+    def _residual(self, residual: torch.Tensor) -> torch.Tensor:
+        """What is added: the residual, or what its codes stand for."""
+        if self.residual_scale is None:
+            return residual
+        return residual.float().sub_(self.residual_zero_point).mul_(self.residual_scale)
 
 
 def _as_floats(accumulator: torch.Tensor) -> torch.Tensor:
     """The same numbers in float32; in the memory of the accumulators where nobody is looking."""
+    if accumulator.is_floating_point():
+        return accumulator
     if torch.compiler.is_compiling() or accumulator.device.type != "cpu":
         return accumulator.float()
     return accumulator.view(torch.float32).copy_(accumulator)

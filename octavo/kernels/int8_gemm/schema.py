@@ -10,11 +10,12 @@ from octavo.kernels.int8_gemm import dequantize, int_mm, reference
 from octavo.kernels.int8_gemm.tiles import bucket
 from octavo.kernels.tracing import is_inlined
 
-__all__ = ["int8_gemm"]
+__all__ = ["FLOATS", "MAX_K", "check_epilogue", "check_tensor", "int8_gemm"]
 
 MAX_K = 2**31 // 128**2 - 1
 """The longest sum of products of two codes that cannot overflow int32."""
-OUTPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+OUTPUTS = (*FLOATS, torch.int8, torch.int32)
 
 
 def int8_gemm(
@@ -26,8 +27,11 @@ def int8_gemm(
     bias: torch.Tensor | None = None,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    residual_scale: torch.Tensor | None = None,
+    residual_zero_point: int = 0,
     out_dtype: torch.dtype = torch.float16,
     out_scale: torch.Tensor | None = None,
+    out_zero_point: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Multiplies int8 matrices.
@@ -42,11 +46,14 @@ def int8_gemm(
         scale_x: float32 [] or, a scale a token, [...].
         scale_w: float32 [] or, a scale an output channel, [N].
         bias: floating [N].
-        activation: "none", "relu", "relu6", "gelu", "gelu-tanh" or "silu".
-        residual: floating [..., N], added after the activation.
+        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".
+        residual: added after the activation [..., N]; floating, or int8 codes.
+        residual_scale: float32 [], for a residual of codes.
+        residual_zero_point: of a residual of codes.
         out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
             accumulators alone, which take no scales, bias, activation or residual.
         out_scale: float32 [], for int8 output.
+        out_zero_point: code of 0.0 in int8 output.
         backend: "auto", "triton", "int_mm" (torch._int_mm and the epilogue in torch),
             "dequantize" (a float matrix product; sums beyond 2**24 are rounded) or "reference";
             one that is named runs or is refused. On a GPU "auto" measures those that can run,
@@ -60,39 +67,22 @@ def int8_gemm(
         UnsupportedError: the backend asked for cannot run this.
     """
     _check_codes(x_q, w_q)
-    if out_dtype not in OUTPUTS:
-        raise InputError(f"out_dtype {out_dtype} is unknown; use one of {OUTPUTS}")
-    if activation not in reference.ACTIVATIONS:
-        raise InputError(
-            f"activation {activation!r} is unknown; use one of {', '.join(reference.ACTIVATIONS)}"
-        )
-    raw = out_dtype == torch.int32
-    extras = {"scale_x": scale_x, "scale_w": scale_w, "bias": bias, "residual": residual}
-    if raw and (activation != "none" or any(value is not None for value in extras.values())):
-        raise InputError(
-            "int32 output is the accumulators alone; leave scales, bias, activation and residual "
-            "out"
-        )
-    if not raw and (scale_x is None or scale_w is None):
-        raise InputError(f"{out_dtype} output needs scale_x and scale_w")
-    if (out_scale is not None) != (out_dtype == torch.int8):
-        raise InputError("out_scale belongs to int8 output; give both or neither")
+    epilogue = reference.Epilogue(
+        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
+        residual_scale, out_zero_point, residual_zero_point,
+    )  # fmt: skip
     n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
-    _check("scale_x", scale_x, [(), batch], x_q, (torch.float32,))
-    _check("scale_w", scale_w, [(), (n,)], x_q, (torch.float32,))
-    _check("out_scale", out_scale, [()], x_q, (torch.float32,))
-    floats = (torch.float16, torch.bfloat16, torch.float32)
-    _check("bias", bias, [(n,)], x_q, floats)
-    _check("residual", residual, [(*batch, n)], x_q, floats)
-    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale)
+    check_epilogue(epilogue, x_q, scales_x=[(), batch], n=n, result=(*batch, n))
+    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
     # a compiler computes a costly activation anew for each reader, such as the two passes of the
     # quantization that follows; called whole it is computed once
     if is_inlined(x_q, backend) and activation in ("none", "relu", "relu6"):
-        epilogue = reference.Epilogue(*tensors[2:], activation, out_dtype)
         if not int_mm.why_not(x_q, w_q):
             return int_mm.int8_gemm(x_q, w_q, epilogue)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
-    result: torch.Tensor = call(*tensors, activation, out_dtype, backend)
+    result: torch.Tensor = call(
+        *tensors, activation, out_dtype, out_zero_point, residual_zero_point, backend
+    )
     return result
 
 
@@ -113,13 +103,81 @@ def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor) -> None:
         raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
 
 
-def _check(
+def check_epilogue(
+    e: reference.Epilogue,
+    x_q: torch.Tensor,
+    *,
+    scales_x: list[tuple[int, ...]],
+    n: int,
+    result: tuple[int, ...],
+) -> None:
+    """Validates what happens to the sums of an operator.
+
+    Args:
+        e: the epilogue.
+        x_q: codes, or the floats of another operator, for their device and dtype.
+        scales_x: shapes that scale_x may have.
+        n: output channels.
+        result: shape of the result.
+
+    Raises:
+        InputError: a wrong dtype, shape or device, or parts that do not belong together.
+    """
+    if e.out_dtype not in OUTPUTS:
+        raise InputError(f"out_dtype {e.out_dtype} is unknown; use one of {OUTPUTS}")
+    if e.activation not in reference.ACTIVATIONS:
+        raise InputError(
+            f"activation {e.activation!r} is unknown; use one of {', '.join(reference.ACTIVATIONS)}"
+        )
+    raw = e.out_dtype == torch.int32
+    parts = (e.scale_x, e.scale_w, e.bias, e.residual)
+    if raw and (e.activation != "none" or any(value is not None for value in parts)):
+        raise InputError(
+            "int32 output is the accumulators alone; leave scales, bias, activation and residual "
+            "out"
+        )
+    scales = (e.scale_x, e.scale_w)
+    if x_q.is_floating_point() and (raw or scales != (None, None)):
+        raise InputError(
+            f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
+        )
+    if not (raw or x_q.is_floating_point()) and None in scales:
+        raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
+    if (e.out_scale is not None) != (e.out_dtype == torch.int8):
+        raise InputError("out_scale belongs to int8 output; give both or neither")
+    coded = e.residual is not None and e.residual.dtype == torch.int8
+    if (e.residual_scale is not None) != coded:
+        raise InputError("residual_scale belongs to a residual of int8 codes; give both or neither")
+    _check_zero_point("out_zero_point", e.out_zero_point, e.out_scale, "int8 output")
+    codes = "a residual of int8 codes"
+    _check_zero_point("residual_zero_point", e.residual_zero_point, e.residual_scale, codes)
+    check_tensor("scale_x", e.scale_x, scales_x, x_q, (torch.float32,))
+    check_tensor("scale_w", e.scale_w, [(), (n,)], x_q, (torch.float32,))
+    check_tensor("out_scale", e.out_scale, [()], x_q, (torch.float32,))
+    check_tensor("residual_scale", e.residual_scale, [()], x_q, (torch.float32,))
+    check_tensor("bias", e.bias, [(n,)], x_q, FLOATS)
+    check_tensor("residual", e.residual, [result], x_q, (*FLOATS, torch.int8))
+
+
+def _check_zero_point(name: str, value: int, scale: torch.Tensor | None, owner: str) -> None:
+    if not -128 <= value <= 127:
+        raise InputError(f"{name} is {value}; an int8 code is from -128 to 127")
+    if value and scale is None:
+        raise InputError(f"{name} is {value} and belongs to {owner}; leave it 0")
+
+
+def check_tensor(
     name: str,
     value: torch.Tensor | None,
     shapes: list[tuple[int, ...]],
     x_q: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
+    """An argument, where it is given, has one of these shapes and dtypes, and the device of x_q.
+
+    Raises:
+        InputError: it has another.
+    """
     if value is None:
         return
     if tuple(value.shape) not in shapes or value.dtype not in dtypes:
@@ -140,13 +198,17 @@ def _run(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_scale: torch.Tensor | None,
+    residual_scale: torch.Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    out_zero_point: int,
+    residual_zero_point: int,
     backend: str,
 ) -> torch.Tensor:
     epilogue = reference.Epilogue(
-        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype
-    )
+        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
+        residual_scale, out_zero_point, residual_zero_point,
+    )  # fmt: skip
     kind = _kind(x, w, epilogue) if x.is_cuda else None
     body = select("int8_gemm", _BODIES, backend, x, w, epilogue, device=x.device, bucket=kind)
     result: torch.Tensor = body.run(x, w, epilogue)
@@ -159,7 +221,8 @@ _operator = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
-        "Tensor? out_scale, str activation, ScalarType out_dtype, str backend) -> Tensor"
+        "Tensor? out_scale, Tensor? residual_scale, str activation, ScalarType out_dtype, "
+        "int out_zero_point, int residual_zero_point, str backend) -> Tensor"
     ),
 )
 
@@ -173,8 +236,11 @@ def _fake(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_scale: torch.Tensor | None,
+    residual_scale: torch.Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    out_zero_point: int,
+    residual_zero_point: int,
     backend: str,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
@@ -196,7 +262,7 @@ def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[obje
         str(e.out_dtype).removeprefix("torch."),
         e.activation,
         "bias" if e.bias is not None else "plain",
-        "residual" if e.residual is not None else "alone",
+        "alone" if e.residual is None else "residual" if e.residual_scale is None else "codes",
         "rows" if x.stride(-1) == w.stride(-1) == 1 else "strided",
     )
 

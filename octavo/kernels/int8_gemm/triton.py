@@ -16,7 +16,7 @@ from octavo.kernels.int8_gemm.triton_persistent import persistent_kernel
 from octavo.kernels.int8_gemm.triton_tiles import tiles_kernel
 from octavo.kernels.tuning import best
 
-__all__ = ["int8_gemm"]
+__all__ = ["end_arguments", "end_constants", "int8_gemm", "is_heavy"]
 
 LIGHT = ("none", "relu", "relu6")
 
@@ -53,7 +53,7 @@ def int8_gemm(
 def _choose(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue) -> Mapping[str, int]:
     """The tuned tiles, or those of the rule."""
     (m, k), n = x.shape, w.shape[0]
-    heavy = e.residual is not None or e.activation not in LIGHT
+    heavy = is_heavy(e)
     capability, processors = _device(x.device)
     m = bucket(m)
     rule = _rule(m, n, k, heavy, capability, processors)
@@ -68,6 +68,11 @@ def _choose(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue) ->
         return result
 
     return best("int8_gemm", key, x.device, rule, others, run)
+
+
+def is_heavy(e: Epilogue) -> bool:
+    """Whether an epilogue needs many registers."""
+    return e.residual is not None or e.activation not in LIGHT
 
 
 @functools.lru_cache(maxsize=4096)
@@ -114,19 +119,9 @@ def _launch(
     (m, k), n = x.shape, w.shape[0]
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     count = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    # an argument that is not there still needs a pointer, which is never read
-    extras = [
-        x if value is None else value.contiguous()
-        for value in (e.scale_x, e.scale_w, e.bias, e.residual, e.out_scale)
-    ]
+    extras = end_arguments(e, x)
     constants = {
-        "TOKEN": e.scale_x is not None and e.scale_x.ndim > 0,
-        "CHANNEL": e.scale_w is not None and e.scale_w.ndim > 0,
-        "BIAS": e.bias is not None,
-        "RESIDUAL": e.residual is not None,
-        "REQUANTIZE": e.out_scale is not None,
-        "RAW": e.scale_x is None,
-        "ACTIVATION": e.activation,
+        **end_constants(e),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -154,6 +149,26 @@ def _launch(
         SPLIT_K=split, SWAP=bool(tiles.get("SWAP")), EVEN_K=k % block_k == 0, FEW=m < block_m,
         **constants,
     )  # fmt: skip
+
+
+def end_arguments(e: Epilogue, absent: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    """What `triton_finish` takes behind out_ptr; `absent` for pointers that are never read."""
+    parts = (e.scale_x, e.scale_w, e.bias, e.residual, e.residual_scale, e.out_scale)
+    pointers = (absent if value is None else value.contiguous() for value in parts)
+    return *pointers, e.residual_zero_point, e.out_zero_point
+
+
+def end_constants(e: Epilogue) -> dict[str, bool | str]:
+    """The constants of `triton_finish` that follow from an epilogue."""
+    return {
+        "TOKEN": e.scale_x is not None and e.scale_x.ndim > 0,
+        "CHANNEL": e.scale_w is not None and e.scale_w.ndim > 0,
+        "BIAS": e.bias is not None,
+        "RESIDUAL": e.residual is not None,
+        "REQUANTIZE": e.out_scale is not None,
+        "RAW": e.out_dtype == torch.int32,
+        "ACTIVATION": e.activation,
+    }
 
 
 def _counter(count: int, device: torch.device) -> torch.Tensor:

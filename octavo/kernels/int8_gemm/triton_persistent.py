@@ -11,9 +11,10 @@ from octavo.kernels.int8_gemm.triton_order import tile_of
 __all__ = ["persistent_kernel"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "residual_zero_point", "out_zero_point"])
 def persistent_kernel(
-    x_desc, w_desc, out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    x_desc, w_desc, out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr,
+    residual_scale_ptr, out_scale_ptr, residual_zero_point, out_zero_point,
     M, N, K,
     TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -34,8 +35,9 @@ def persistent_kernel(
             w = w_desc.load([tile_n * BLOCK_N, step * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
         finish_pieces(
-            acc, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N, M, N,
-            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            acc, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N, M, N, N,
+            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,
+            out_scale_ptr, residual_zero_point, out_zero_point,
             TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION,
             BLOCK_M, BLOCK_N, PIECES,
         )  # fmt: skip

@@ -21,9 +21,10 @@ def _product(x, w, acc, SWAP: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "residual_zero_point", "out_zero_point"])
 def tiles_kernel(
-    x_ptr, w_ptr, out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+    x_ptr, w_ptr, out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr,
+    residual_scale_ptr, out_scale_ptr, residual_zero_point, out_zero_point,
     partial_ptr, arrived_ptr, M, N, K, stride_xm, stride_wn,
     TOKEN: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -75,8 +76,9 @@ def tiles_kernel(
         acc = tl.trans(acc)
     if SPLIT_K == 1:
         finish_pieces(
-            acc, rows, tile_n * BLOCK_N, M, N,
-            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+            acc, rows, tile_n * BLOCK_N, M, N, N,
+            out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,
+            out_scale_ptr, residual_zero_point, out_zero_point,
             TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION, BLOCK_M, BLOCK_N, PIECES,
         )  # fmt: skip
     else:
@@ -92,8 +94,9 @@ def tiles_kernel(
             for other in range(SPLIT_K):
                 acc += tl.load(sums + other * (BLOCK_M * BLOCK_N), mask=inside, other=0)
             finish_pieces(
-                acc, rows, tile_n * BLOCK_N, M, N,
-                out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, out_scale_ptr,
+                acc, rows, tile_n * BLOCK_N, M, N, N,
+                out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,
+                out_scale_ptr, residual_zero_point, out_zero_point,
                 TOKEN, CHANNEL, BIAS, RESIDUAL, REQUANTIZE, RAW, ACTIVATION,
                 BLOCK_M, BLOCK_N, PIECES,
             )  # fmt: skip

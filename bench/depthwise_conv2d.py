@@ -1,0 +1,86 @@
+"""Depthwise convolution: the variants that the ahead-of-time gate compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bench.aot import UNLIKE, Variant
+
+FOLDER = "octavo.kernels.depthwise_conv2d"
+POINTERS = {
+    "scale_x_ptr": "*fp32",
+    "scale_w_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "residual_scale_ptr": "*fp32",
+    "out_scale_ptr": "*fp32",
+}
+SIZES = ("H", "W", "C", "OUT_H", "OUT_W", "TOP", "LEFT")
+STEPS = ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W")
+FREE = ("residual_zero_point", "out_zero_point", "zero_point")
+BYTES = {"fp16": 2, "fp32": 4, "i8": 1}
+
+
+def static_variants() -> Iterator[Variant]:
+    """The rule's tiles for each dtype and kernel size, and some candidates."""
+    from octavo.kernels.depthwise_conv2d.tiles import candidates, config
+
+    for kernel in (3, 5, 7):
+        yield _variant("56x56x128", kernel, config(56, 56, 128, 2))
+        yield _variant("56x56x128", kernel, config(56, 56, 128, 1), x="i8", out="i8")
+    yield _variant("7x7x1024", 3, config(7, 7, 1024, 2), stride=2)
+    yield _variant("14x14x512", 3, config(14, 14, 512, 1), stride=2, x="i8", out="i8")
+    yield _variant("56x56x128", 3, config(56, 56, 128, 4), x="fp32", out="fp32")
+    for x in ("fp16", "i8"):
+        offered = list(candidates(56, 56, 128, BYTES[x]))
+        for tiles in offered[:: max(1, len(offered) // 6)]:
+            yield _variant("candidate", 7, tiles, x=x, out=x, architectures=UNLIKE)
+
+
+def window_numbers(stride: int) -> tuple[dict[str, str], dict[str, int]]:
+    """Types of the sizes and steps of a window, and the steps that are 1, which are constants."""
+    ones = {name: 1 for name in STEPS if stride == 1 or "STRIDE" not in name}
+    names = [name for name in (*SIZES, *STEPS) if name not in ones]
+    return dict.fromkeys(names, "i32"), ones
+
+
+def _variant(
+    shape: str,
+    kernel: int,
+    tiles: Mapping[str, int],
+    *,
+    stride: int = 1,
+    x: str = "fp16",
+    out: str = "fp16",
+    architectures: tuple[int, ...] = (),
+) -> Variant:
+    pointers = {"x_ptr": f"*{x}", "w_ptr": f"*{x}", "out_ptr": f"*{out}", **POINTERS}
+    pointers["residual_ptr"] = f"*{x}"
+    numbers, steps = window_numbers(stride)
+    constants: dict[str, Any] = {
+        **steps,
+        "KH": kernel,
+        "KW": kernel,
+        "TOKEN": False,
+        "CHANNEL": True,
+        "BIAS": True,
+        "RESIDUAL": False,
+        "REQUANTIZE": out == "i8",
+        "RAW": False,
+        "ACTIVATION": "hardswish",
+    }
+    numbers |= dict.fromkeys(("M", *FREE), "i32")
+    blocks = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "HWC")
+    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
+    words += ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
+    options: dict[str, Any] = {"architectures": architectures} if architectures else {}
+    return Variant(
+        f"depthwise_conv2d: {', '.join(words)}",
+        f"{FOLDER}.triton_depthwise",
+        "depthwise_kernel",
+        {**pointers, **numbers},
+        constants,
+        (*pointers, "C"),
+        dict(tiles),
+        **options,
+    )

@@ -1,0 +1,89 @@
+"""Depthwise-separable convolution: the variants that the ahead-of-time gate compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bench.aot import UNLIKE, Variant
+from bench.depthwise_conv2d import BYTES, window_numbers
+
+FOLDER = "octavo.kernels.depthwise_separable_conv2d"
+POINTERS = {
+    "dw_scale_x_ptr": "*fp32",
+    "dw_scale_ptr": "*fp32",
+    "dw_bias_ptr": "*fp32",
+    "mid_scale_ptr": "*fp32",
+    "scale_x_ptr": "*fp32",
+    "scale_w_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "residual_scale_ptr": "*fp32",
+    "out_scale_ptr": "*fp32",
+}
+ZERO_POINTS = ("zero_point", "mid_zero_point", "residual_zero_point", "out_zero_point")
+
+
+def static_variants() -> Iterator[Variant]:
+    """The rule's tiles for each dtype and kernel size, and other candidates where they differ."""
+    from octavo.kernels.depthwise_separable_conv2d.tiles import candidates, config
+
+    for kernel in (3, 5, 7):
+        for x in ("fp16", "i8"):
+            yield _variant("56x56x128 to 128", kernel, config(56, 56, 128, 128, BYTES[x]), x)
+    for x in ("fp16", "i8"):
+        wide = config(14, 14, 512, 512, BYTES[x])
+        yield _variant("14x14x512 to 512", 3, wide, x, residual=True)
+        yield _variant("7x7x960 to 160", 3, config(7, 7, 960, 160, BYTES[x]), x, stride=2)
+    for x in ("fp16", "i8"):
+        offered = list(candidates(56, 56, 128, 256, BYTES[x]))
+        for tiles in offered[:: max(1, len(offered) // 6)]:
+            yield _variant("candidate", 3, tiles, x, architectures=UNLIKE)
+
+
+def _variant(
+    shape: str,
+    kernel: int,
+    tiles: Mapping[str, int],
+    x: str,
+    *,
+    stride: int = 1,
+    residual: bool = False,
+    architectures: tuple[int, ...] = (),
+) -> Variant:
+    from octavo.kernels.depthwise_separable_conv2d.tiles import pieces
+
+    pointers = dict.fromkeys(("x_ptr", "dw_ptr", "pw_ptr", "out_ptr", "residual_ptr"), f"*{x}")
+    pointers |= POINTERS
+    numbers, steps = window_numbers(stride)
+    constants: dict[str, Any] = {
+        **steps,
+        "KH": kernel,
+        "KW": kernel,
+        "DW_CHANNEL": True,
+        "DW_BIAS": True,
+        "DW_ACTIVATION": "relu6",
+        "TOKEN": False,
+        "CHANNEL": True,
+        "BIAS": True,
+        "RESIDUAL": residual,
+        "REQUANTIZE": x == "i8",
+        "RAW": False,
+        "ACTIVATION": "hardswish",
+        "PIECES": pieces(tiles),
+    }
+    numbers |= dict.fromkeys(("M", "N", *ZERO_POINTS), "i32")
+    blocks = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "HWCN")
+    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
+    words += ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
+    words += ["residual"] * residual
+    options: dict[str, Any] = {"architectures": architectures} if architectures else {}
+    return Variant(
+        f"depthwise_separable_conv2d: {', '.join(words)}",
+        f"{FOLDER}.triton_separable",
+        "separable_kernel",
+        {**pointers, **numbers},
+        constants,
+        (*pointers, "C", "N"),
+        dict(tiles),
+        **options,
+    )

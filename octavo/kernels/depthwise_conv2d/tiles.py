@@ -1,0 +1,95 @@
+"""Tile sizes of the Triton kernel: by rule, and those worth measuring; and what a plan moves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+from octavo.kernels.window import Window
+
+__all__ = ["candidates", "config", "loaded_pixels", "power_of_two", "spread"]
+
+Tiles = dict[str, int]
+
+LINE = 128
+"""Bytes of a pixel that a program reads at once: a line of the cache."""
+VALUES = 16
+"""Sums that a thread keeps."""
+
+
+def config(out_h: int, out_w: int, channels: int, size: int) -> Tiles:
+    """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
+
+    A line of the cache of each pixel, and as square a tile of pixels as the image allows, so that
+    few pixels around it are read again by its neighbours.
+
+    Args:
+        out_h: height of the result.
+        out_w: its width.
+        channels: of an image.
+        size: bytes of a value of x.
+
+    Returns:
+        BLOCK_H, BLOCK_W, BLOCK_C, ROW (whether the taps of a row are loaded at once), num_warps,
+        num_stages.
+    """
+    return _tiles(out_h, out_w, min(power_of_two(channels), LINE // size), VALUES, 4)
+
+
+def candidates(out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
+    found = []
+    for line, values, warps in itertools.product((LINE, LINE // 2, 2 * LINE), (8, 16, 32), (4, 8)):
+        block = min(power_of_two(channels), line // size)
+        tiles = _tiles(out_h, out_w, block, values, warps)
+        if tiles not in found:
+            found.append(tiles)
+            yield tiles
+
+
+def spread(out_h: int, out_w: int, pixels: int) -> tuple[int, int]:
+    """Height and width of a tile of so many pixels, a power of two, over an image.
+
+    As square as it can be; longer where the image is narrower than that.
+    """
+    width = min(power_of_two(out_w), 1 << math.ceil(math.log2(pixels) / 2))
+    height = min(power_of_two(out_h), pixels // width)
+    return height, pixels // height
+
+
+def loaded_pixels(window: Window, out_h: int, out_w: int, tiles: Mapping[str, int]) -> int:
+    """Pixels of one image that all programs of a block of channels read, each program each once.
+
+    What a program reads of a pixel again comes from its multiprocessor's cache. The image itself
+    has fewer pixels, since the windows of neighbouring tiles overlap; those of the padding count
+    here too.
+    """
+    down = math.ceil(out_h / tiles["BLOCK_H"]), out_h, tiles["BLOCK_H"]
+    across = math.ceil(out_w / tiles["BLOCK_W"]), out_w, tiles["BLOCK_W"]
+    total = 1
+    for (count, size, block), stride, span in zip(
+        (down, across), window.stride, window.span, strict=True
+    ):
+        step = min(stride, span)
+        last = size - (count - 1) * block
+        total *= (count - 1) * ((block - 1) * step + span) + (last - 1) * step + span
+    return total
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _tiles(out_h: int, out_w: int, block: int, values: int, warps: int) -> Tiles:
+    pixels = 32 * warps * values // block
+    height, width = spread(out_h, out_w, min(pixels, power_of_two(out_h) * power_of_two(out_w)))
+    return {
+        "BLOCK_H": height,
+        "BLOCK_W": width,
+        "BLOCK_C": block,
+        "ROW": 1,
+        "num_warps": warps,
+        "num_stages": 1,
+    }

@@ -1,0 +1,101 @@
+"""Launcher of the Triton kernel: memory orders, tile sizes, grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import triton
+
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.depthwise_conv2d.tiles import candidates, config
+from octavo.kernels.depthwise_conv2d.triton_depthwise import depthwise_kernel
+from octavo.kernels.int8_gemm.triton import end_arguments, end_constants
+from octavo.kernels.tuning import best, size_bucket
+
+__all__ = ["by_taps", "depthwise_conv2d", "window_arguments"]
+
+
+def depthwise_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    c: Convolution,
+    tiles: Mapping[str, int] | None = None,
+) -> torch.Tensor:
+    """See `schema.depthwise_conv2d`.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [C, 1, kh, kw].
+        c: what is done with them.
+        tiles: fields of `tiles.config`, in its place, for tests.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    size = c.window.out_size(x.shape[2], x.shape[3])
+    out = torch.empty(
+        (*x.shape[:2], *size),
+        dtype=c.epilogue.out_dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    if out.numel():
+        with torch.cuda.device_of(x):
+            weight = by_taps(weight)
+            _launch(x, weight, out, c, _choose(x, weight, out, c) if tiles is None else tiles)
+    return out
+
+
+def by_taps(weight: torch.Tensor) -> torch.Tensor:
+    """The weights [C, 1, kh, kw] as [kh, kw, C] in memory; a copy where they are not already."""
+    return weight.squeeze(1).permute(1, 2, 0).contiguous()
+
+
+def window_arguments(x: torch.Tensor, c: Convolution) -> tuple[int, ...]:
+    """What kernels take from H to DILATION_W."""
+    _, channels, height, width = x.shape
+    left, _, top, _ = c.window.padding
+    return (
+        height, width, channels, *c.window.out_size(height, width),
+        top, left, *c.window.stride, *c.window.dilation,
+    )  # fmt: skip
+
+
+def _choose(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, c: Convolution
+) -> Mapping[str, int]:
+    """The tuned tiles, or those of the rule."""
+    batch, channels, height, width = out.shape
+    shape = (height, width, channels, x.element_size())
+    (kh, kw), (down, across) = c.window.kernel, c.window.stride
+    key = (
+        f"{size_bucket(batch)}x{height}x{width}x{channels} {kh}x{kw} by {down}x{across} "
+        f"{x.element_size()} {out.element_size()} {c.epilogue.activation}"
+    )
+
+    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+        result = torch.empty_like(out)
+        _launch(x, weight, result, c, tiles)
+        return result
+
+    def others() -> Iterator[Mapping[str, int]]:
+        return candidates(*shape)
+
+    return best("depthwise_conv2d", key, x.device, config(*shape), others, run)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    c: Convolution,
+    tiles: Mapping[str, int],
+) -> None:
+    """Fills `out` [B, C, H', W'] from x [B, C, H, W], both channels_last, and `by_taps` weights."""
+    batch, channels, height, width = out.shape
+    count = triton.cdiv(height, tiles["BLOCK_H"]) * triton.cdiv(width, tiles["BLOCK_W"])
+    grid = (batch * count * triton.cdiv(channels, tiles["BLOCK_C"]),)
+    depthwise_kernel[grid](
+        x, weight, out, *end_arguments(c.epilogue, x), c.zero_point,
+        batch * height * width, *window_arguments(x, c),
+        **end_constants(c.epilogue), KH=c.window.kernel[0], KW=c.window.kernel[1], **tiles,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Depthwise and pointwise convolution in one kernel, with nothing between them in memory."""

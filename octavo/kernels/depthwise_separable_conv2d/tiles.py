@@ -1,0 +1,101 @@
+"""Tile sizes of the Triton kernel: by rule, and those worth measuring; and what a plan moves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+from octavo.kernels.depthwise_conv2d.tiles import LINE, loaded_pixels, power_of_two, spread
+from octavo.kernels.window import Window
+
+__all__ = ["candidates", "config", "loaded_bytes", "pieces"]
+
+Tiles = dict[str, int]
+
+LEAST_PIXELS = 16
+"""Rows of the smallest product of tensor cores."""
+MOST_OUTPUTS = 256
+
+
+def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Tiles:
+    """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
+
+    64 pixels, which is what one instruction of sm_90 multiplies, and all output channels up to
+    256; beyond that the depthwise half is computed anew for each 256.
+
+    Args:
+        out_h: height of the result.
+        out_w: its width.
+        channels: of an image.
+        outputs: channels of the result.
+        size: bytes of a value of x.
+
+    Returns:
+        BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_N, ROW, num_warps, num_stages; see `depthwise_conv2d`.
+    """
+    return _tiles(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE // 2, 0)
+
+
+def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Tiles]:
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
+    found = []
+    for most, pixels, line, row in itertools.product(
+        (256, 128, 64), (64, 128, 32), (LINE // 2, LINE), (0, 1)
+    ):
+        tiles = _tiles(out_h, out_w, channels, outputs, size, pixels, most, line, row)
+        # two rows of sums for every thread's registers
+        fits = pixels * tiles["BLOCK_N"] <= 96 * 32 * tiles["num_warps"]
+        if fits and tiles not in found:
+            found.append(tiles)
+            yield tiles
+
+
+def pieces(tiles: Mapping[str, int]) -> int:
+    """Parts of a tile that the epilogue takes in turn, so that a thread has about 32 values."""
+    pixels = tiles["BLOCK_H"] * tiles["BLOCK_W"]
+    values = pixels * tiles["BLOCK_N"] // (32 * tiles["num_warps"])
+    return min(4, max(1, values // 32))
+
+
+def loaded_bytes(
+    window: Window,
+    batch: int,
+    out_h: int,
+    out_w: int,
+    channels: int,
+    outputs: int,
+    size: int,
+    tiles: Mapping[str, int],
+) -> int:
+    """Bytes of images and pointwise weights that all programs read, each program each once."""
+    images = loaded_pixels(window, out_h, out_w, tiles) * channels
+    count = math.ceil(out_h / tiles["BLOCK_H"]) * math.ceil(out_w / tiles["BLOCK_W"])
+    again = math.ceil(outputs / tiles["BLOCK_N"])
+    return batch * size * (images * again + count * outputs * channels)
+
+
+def _tiles(
+    out_h: int,
+    out_w: int,
+    channels: int,
+    outputs: int,
+    size: int,
+    pixels: int,
+    most: int,
+    line: int,
+    row: int,
+) -> Tiles:
+    least = 32 // min(size, 2)  # what a step of a product takes: 32 codes, or 16 others
+    block_n = max(16, min(power_of_two(outputs), most))
+    area = power_of_two(out_h) * power_of_two(out_w)
+    height, width = spread(out_h, out_w, max(LEAST_PIXELS, min(pixels, area)))
+    return {
+        "BLOCK_H": height,
+        "BLOCK_W": width,
+        "BLOCK_C": max(least, min(power_of_two(channels), line // size)),
+        "BLOCK_N": block_n,
+        "ROW": row,
+        "num_warps": 8 if height * width * block_n >= 64 * 128 else 4,
+        "num_stages": 1,
+    }

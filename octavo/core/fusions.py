@@ -52,6 +52,8 @@ class FuseSummary:
         convolutions: how many convolutions the model calls.
         depthwise: how many of them are depthwise.
         separable: how many of the depthwise are fused with their pointwise convolution.
+        error: of the fused model's outputs on the example inputs, as the norm of the difference
+            over that of the outputs; None without inputs.
     """
 
     method: str
@@ -61,6 +63,7 @@ class FuseSummary:
     convolutions: int
     depthwise: int
     separable: int
+    error: float | None
 
     @property
     def fused(self) -> int:

@@ -32,6 +32,14 @@ def print_fusions(summary: FuseSummary, console: Console | None = None) -> None:
     )
     for note in summary.notes:
         out.line(note)
+    if summary.method == "nn.Sequential":
+        out.line(
+            "Only the order inside nn.Sequential is certain; give example_inputs for the rest."
+        )
+    elif summary.method == "recorded":
+        out.line("The order of the layers is that of one run on the example inputs.")
+    if summary.error is not None:
+        out.line(f"On the example inputs the outputs differ by {summary.error:.1e} (relative).")
     if summary.fusions:
         out.line()
         table = out.table([("Now one layer", "name"), ("", "number")])

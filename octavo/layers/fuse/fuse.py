@@ -3,83 +3,206 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
-from octavo.core.errors import InputError
-from octavo.core.fusions import FuseSummary, Fusion
+from octavo.core.errors import InputError, UnsupportedError
+from octavo.core.fusions import FuseSummary, Fusion, NearMiss
 from octavo.layers.fuse.patterns import Found, find
-from octavo.layers.fuse.rewrite import drop_nothing, rewrite_graph
+from octavo.layers.fuse.record import recorded, sequential
+from octavo.layers.fuse.rewrite import drop_nothing, rewrite_graph, rewrite_modules
 from octavo.layers.fuse.trace import exported, input_names, traced
 from octavo.layers.fuse.unit import Pair
 
 __all__ = ["fuse_model"]
 
+LARGEST_ERROR = 0.1
+"""Relative error on the example inputs from which on a model was not understood. Rounding gives
+1e-6 to 1e-2, depending on dtype and depth."""
 
-def fuse_model(model: nn.Module, example: Any = None) -> tuple[nn.Module, FuseSummary]:
+
+@dataclass(frozen=True)
+class _Example:
+    """Inputs as a model is called with them; `args` is None where there are none."""
+
+    args: tuple[Any, ...] | None
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A fused model, what was found, the modules that were seen at work, and how."""
+
+    model: nn.Module
+    found: Found
+    calls: tuple[str, ...]
+    method: str
+
+
+def fuse_model(model: nn.Module, example_inputs: Any = None) -> tuple[nn.Module, FuseSummary]:
     """Makes the fused form of a model; see `octavo.fuse`.
 
     Args:
         model: in evaluation mode; not changed.
-        example: a tensor, a tuple of arguments or a dict of keyword arguments; None if there is
-            none.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or None.
 
     Returns:
-        a model of its own weights, and what was found.
+        a model with weights of its own, and what was found.
+
+    Raises:
+        InputError: a model that is not ready, or inputs that it cannot take.
+        UnsupportedError: the fused model does not give what the model gives.
     """
-    args, kwargs = _arguments(example)
-    notes = []
-    try:
-        graph = traced(model, input_names(model, args, kwargs))
-        method = "torch.fx"
-    except Exception as error:
-        notes.append(f"torch.fx cannot follow its code: {_first_line(error)}")
-        if args is None:
-            raise
-        graph, any_batch = exported(model, args, kwargs)
-        method = "torch.export"
-    drop_nothing(graph.graph, graph)
-    found = find(graph.graph, graph)
-    fused = copy.deepcopy(rewrite_graph(graph, found.layers))
-    summary = _summary(found, method, notes)
-    fused.octavo_summary = summary
-    return fused, summary
-
-
-def _summary(found: Found, method: str, notes: list[str]) -> FuseSummary:
-    fusions = tuple(
-        Fusion(one.name, one.pattern, one.layers, one.convolutions) for one in found.layers
-    )
-    pairs = sum(isinstance(one, Pair) for one in found.layers)
-    return FuseSummary(
-        method,
+    example = _example(example_inputs)
+    _check(model)
+    notes: list[str] = []
+    result = _by_graph(model, example, notes) or _by_modules(model, example)
+    found = result.found
+    missed = list(_unseen(model, result))
+    summary = FuseSummary(
+        result.method,
         tuple(notes),
-        fusions,
-        found.misses,
-        found.convolutions,
+        tuple(Fusion(one.name, one.pattern, one.layers, one.convolutions) for one in found.layers),
+        (*found.misses, *missed),
+        found.convolutions + (len(missed) if result.method == "nn.Sequential" else 0),
         found.depthwise,
-        pairs,
+        sum(isinstance(one, Pair) for one in found.layers),
+        _error(model, result.model, example),
     )
+    result.model.octavo_summary = summary  # type: ignore[assignment] # a plain attribute
+    return result.model, summary
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...] | None, Mapping[str, Any]]:
-    if example is None:
-        return None, {}
-    if isinstance(example, torch.Tensor):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), example
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if model.training:
+        raise InputError("the model is in training mode; call model.eval() first")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(value):
+            raise InputError(f"{name} has no value yet; run the model once before fusing it")
+
+
+def _example(given: Any) -> _Example:
+    if given is None:
+        return _Example(None, {})
+    if isinstance(given, torch.Tensor):
+        return _Example((given,), {})
+    if isinstance(given, Mapping):
+        return _Example((), given)
+    if isinstance(given, (tuple, list)):
+        return _Example(tuple(given), {})
     raise InputError(
-        f"example_inputs is a {type(example).__name__}; give a tensor, a tuple of arguments or a "
+        f"example_inputs is a {type(given).__name__}; give a tensor, a tuple of arguments or a "
         "dict of keyword arguments"
     )
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+def _by_graph(model: nn.Module, example: _Example, notes: list[str]) -> _Result | None:
+    """By a graph of all that the model does; None where nothing can make one."""
+    method = "torch.fx"
+    try:
+        graph_model = traced(model, input_names(model, example.args, example.kwargs))
+    except Exception as error:
+        notes.append(f"torch.fx cannot follow the model's code ({_first_sentence(error)}).")
+        if example.args is None:
+            return None
+        method = "torch.export"
+        try:
+            graph_model, any_batch = exported(model, example.args, example.kwargs)
+        except Exception as also:
+            notes.append(f"torch.export cannot either ({_first_sentence(also)}).")
+            return None
+        sizes = "in batches of any size" if any_batch else "and batches of their size"
+        notes.append(f"torch.export can, for images as large as the example inputs, {sizes}.")
+    drop_nothing(graph_model.graph, graph_model)
+    found, calls = find(graph_model.graph, graph_model), _calls(graph_model.graph)
+    return _Result(rewrite_graph(graph_model, found.layers), found, calls, method)
+
+
+def _by_modules(model: nn.Module, example: _Example) -> _Result:
+    """By what is known about the order of a model's modules; its code stays."""
+    work = copy.deepcopy(model)
+    if example.args is None:
+        graph, method = sequential(work), "nn.Sequential"
+    else:
+        method = "recorded"
+        try:
+            graph = recorded(work, example.args, example.kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"the model cannot take the example inputs: {error}") from error
+    drop_nothing(graph, work)
+    found = find(graph, work)
+    rewrite_modules(work, found.layers)
+    return _Result(work, found, _calls(graph), method)
+
+
+def _calls(graph: fx.Graph) -> tuple[str, ...]:
+    return tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
+
+
+def _unseen(model: nn.Module, result: _Result) -> Iterator[NearMiss]:
+    """Convolutions that are not in the graph."""
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            paths.setdefault(module, []).append(name)
+    for names in paths.values():
+        if result.found.seen.isdisjoint(names):
+            holders = [
+                call for call in result.calls for name in names if name.startswith(f"{call}.")
+            ]
+            if holders:
+                reason = f"it is inside {holders[0]!r}, which stays as it is"
+            elif result.method == "nn.Sequential":
+                reason = "code that cannot be followed calls it; give example_inputs"
+            else:
+                reason = "the model does not call it"
+            yield NearMiss(names[0], "convolution", reason)
+
+
+@torch.no_grad()
+def _error(model: nn.Module, fused: nn.Module, example: _Example) -> float | None:
+    """Relative error norm of the fused model's outputs; None without inputs."""
+    if example.args is None:
+        return None
+    try:
+        wanted = _values(model(*example.args, **example.kwargs))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"the model cannot take the example inputs: {error}") from error
+    values = _values(fused(*example.args, **example.kwargs))
+    if len(values) != len(wanted):
+        raise UnsupportedError(
+            f"the fused model gives {len(values)} tensors and the model {len(wanted)}; its code "
+            "cannot be followed"
+        )
+    different = _norm([one - two for one, two in zip(values, wanted, strict=True)])
+    relative = different / max(_norm(wanted), 1e-30)
+    if relative > LARGEST_ERROR:
+        raise UnsupportedError(
+            f"the fused model differs from the model by {relative:.2g} (relative) on the example "
+            "inputs, so the model's code was not understood; if it draws random numbers, fuse "
+            "the part that does not"
+        )
+    return relative
+
+
+def _norm(values: Sequence[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(one.norm()) ** 2 for one in values))
+
+
+def _values(outputs: Any) -> Sequence[torch.Tensor]:
+    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+    return [x.double() for x in tensors if x.is_floating_point()]
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__

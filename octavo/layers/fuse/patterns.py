@@ -31,12 +31,14 @@ class Found:
         misses: layers that stay, and why.
         convolutions: that the graph calls.
         depthwise: how many of those are depthwise.
+        seen: their names.
     """
 
     layers: tuple[Unit | Pair, ...]
     misses: tuple[NearMiss, ...]
     convolutions: int
     depthwise: int
+    seen: frozenset[str]
 
 
 def find(graph: fx.Graph, root: nn.Module) -> Found:
@@ -54,17 +56,20 @@ def find(graph: fx.Graph, root: nn.Module) -> Found:
     units = _with_residuals(scene, units)
     layers = _with_pointwise(scene, units)
     _norms_left(scene, layers)
-    kinds = [step for step in scene.steps.values() if _is_convolution(step)]
+    kinds = list(_all_convolutions(scene))
     return Found(
         tuple(layer for layer in layers if isinstance(layer, Pair) or layer.worthwhile),
         tuple(scene.misses),
         len(kinds),
         sum(isinstance(step, Conv) and step.depthwise for step in kinds),
+        frozenset(step.name for step in kinds),
     )
 
 
-def _is_convolution(step: object) -> bool:
-    return isinstance(step, Conv) or (isinstance(step, Refusal) and step.kind == "convolution")
+def _all_convolutions(scene: Scene) -> Iterator[Conv | Refusal]:
+    for step in scene.steps.values():
+        if isinstance(step, Conv) or (isinstance(step, Refusal) and step.kind == "convolution"):
+            yield step
 
 
 def _convolutions(scene: Scene) -> Iterator[Unit]:

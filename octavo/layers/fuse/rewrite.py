@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 
 import torch
@@ -9,8 +10,9 @@ from torch import fx, nn
 
 from octavo.layers.fuse.make import make
 from octavo.layers.fuse.steps import is_nothing
-from octavo.layers.fuse.trace import FusedModel
+from octavo.layers.fuse.trace import FusedModel, in_evaluation
 from octavo.layers.fuse.unit import Pair, Unit
+from octavo.layers.structure import places
 
 __all__ = ["drop_nothing", "rewrite_graph", "rewrite_modules"]
 
@@ -33,7 +35,7 @@ def rewrite_graph(model: FusedModel, layers: Sequence[Unit | Pair]) -> FusedMode
         layers: found in its graph.
 
     Returns:
-        the model with the layers; what stayed are still the modules of the float model.
+        the model with the layers and with copies of what stays.
     """
     graph = model.graph
     now: dict[fx.Node, fx.Node] = {}
@@ -52,22 +54,33 @@ def rewrite_graph(model: FusedModel, layers: Sequence[Unit | Pair]) -> FusedMode
             graph.erase_node(node)
     _reshape_views(graph)
     graph.lint()
-    return FusedModel(model, graph, type(model).__name__)
+    new = FusedModel(model, graph, type(model).__name__)
+    return in_evaluation(FusedModel(_copied(new), graph, type(model).__name__))
+
+
+def _copied(model: FusedModel) -> nn.Module:
+    """Copies of a model's modules and tensors, without its graph."""
+    held = nn.Module()
+    held._modules, held._parameters, held._buffers = (
+        model._modules,
+        model._parameters,
+        model._buffers,
+    )
+    return copy.deepcopy(held)
 
 
 def rewrite_modules(model: nn.Module, layers: Sequence[Unit | Pair]) -> None:
-    """Puts layers where their first module was, and identities where the others were.
+    """Puts layers where their convolution was, and identities where the others were.
 
     Args:
         model: changed.
         layers: whose nodes are calls of modules, each called once.
     """
     for layer in layers:
-        first, *others = (str(node.target) for node in layer.nodes)
-        new = make(layer, channels_last=False)
-        model.set_submodule(first, new)
-        for name in others:
-            model.set_submodule(name, nn.Identity())
+        for name in (str(node.target) for node in layer.nodes):
+            new = make(layer, channels_last=False) if name == layer.name else nn.Identity()
+            for parent, attribute in list(places(model, model.get_submodule(name))):
+                setattr(parent, attribute, new.eval())
 
 
 def _names(graph: fx.Graph, layers: Sequence[Unit | Pair]) -> list[str]:

@@ -350,7 +350,8 @@ def _owner(value: Any, node: fx.Node) -> str:
     """Name of the module that holds a tensor; that of the node where there is none."""
     if isinstance(value, fx.Node) and value.op == "get_attr":
         return str(value.target).rpartition(".")[0] or node.name
-    return node.name
+    stack = node.meta.get("nn_module_stack") or {}  # which torch.export takes note of
+    return next((path for path, _ in reversed(stack.values()) if path), node.name)
 
 
 def _image_padding(value: Any) -> Padding | None:

@@ -14,7 +14,7 @@ from octavo.core.fusions import FuseSummary
 from octavo.layers.fuse.activations import is_activation
 from octavo.layers.fuse.steps import has_hooks
 
-__all__ = ["FusedModel", "exported", "input_names", "traced"]
+__all__ = ["FusedModel", "exported", "in_evaluation", "input_names", "traced"]
 
 
 class FusedModel(fx.GraphModule):
@@ -68,12 +68,12 @@ def traced(model: nn.Module, inputs: Sequence[str]) -> FusedModel:
     if has_hooks(model):
         raise TypeError("the model itself has hooks")
     leaves = {module for module in model.modules() if _is_leaf(module)}
+    state = torch.get_rng_state()
     graph = _Tracer(inputs, leaves).trace(model)
-    result = FusedModel(model, graph, type(model).__name__)
-    for module in result.modules():
-        if type(module) is nn.Module:  # the folders that fx makes
-            module.training = False
-    return result
+    if not torch.equal(torch.get_rng_state(), state):
+        torch.set_rng_state(state)
+        raise TypeError("it draws random numbers, which would be the same in every call")
+    return in_evaluation(FusedModel(model, graph, type(model).__name__))
 
 
 def exported(
@@ -97,10 +97,15 @@ def exported(
     if program is None:
         program = torch.export.export(model, args, dict(kwargs), strict=False)
     module = program.module()
-    result = FusedModel(module, module.graph, type(model).__name__)
-    for one in result.modules():
-        one.training = False
-    return result, any_batch
+    return in_evaluation(FusedModel(module, module.graph, type(model).__name__)), any_batch
+
+
+def in_evaluation(model: FusedModel) -> FusedModel:
+    """Takes the folders that fx makes out of training mode; layers of the user's stay in theirs."""
+    for module in model.modules():
+        if module is model or type(module) is nn.Module:
+            module.training = False
+    return model
 
 
 def _export_for_any_batch(

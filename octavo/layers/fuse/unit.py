@@ -27,11 +27,6 @@ class Branch:
     norm: Norm | None
     padding: Padding = (0, 0, 0, 0)
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers."""
-        return tuple(step.name for step in (self.conv, self.norm) if step is not None)
-
 
 @dataclass(frozen=True, eq=False)
 class Unit:
@@ -90,9 +85,10 @@ class Unit:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that it stands for."""
-        named = [name for branch in self.branches for name in branch.layers]
-        modules = [str(node.target) for node in self.nodes if node.op == "call_module"]
-        return tuple(dict.fromkeys([*named, *modules]))
+        names = {node: str(node.target) for node in self.nodes if node.op == "call_module"}
+        for branch in self.branches:
+            names |= {step.node: step.name for step in (branch.conv, branch.norm) if step}
+        return tuple(dict.fromkeys(names[node] for node in self.nodes if node in names))
 
     @property
     def pattern(self) -> str:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from octavo.core.errors import InputError
 from octavo.kernels import depthwise_conv2d
-from octavo.kernels.arguments import FLOATS
+from octavo.kernels.int8_gemm.schema import FLOATS
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, IN_PLACE
 from octavo.layers.linear import compute_dtype
 

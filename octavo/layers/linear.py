@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
-from octavo.kernels import dynamic_quantize, int8_gemm, static_quantize
+from octavo.kernels import dynamic_quantize, fold_zero_point, int8_gemm, static_quantize
 from octavo.layers.module import QuantizedModule
 from octavo.quant import PerChannel, choose_qparams, quantize
 
@@ -29,13 +29,14 @@ class Int8Linear(QuantizedModule):
             multiplied with (SmoothQuant, arXiv 2211.10438).
         static: whether the scale of x is a calibrated number.
         activation: what follows, as in `octavo.kernels.int8_gemm`.
+        zero_point: the code of 0.0 in a static x; it needs a bias.
         device: of the buffers.
         dtype: of the bias.
 
     Attributes:
         weight: int8 [N, K].
         weight_scale: float32 [N].
-        bias: [N], or None.
+        bias: [N], or None; float32 where a zero point is folded into it.
         smooth: float32 [K], or None; for a static layer it includes the scale of x.
         input_scale: float32 [], or None for a dynamic layer.
     """
@@ -56,12 +57,18 @@ class Int8Linear(QuantizedModule):
         smooth: bool = False,
         static: bool = False,
         activation: str = "none",
+        zero_point: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.activation = activation
+        self.activation, self.zero_point = activation, zero_point
+        if zero_point and not (static and bias):
+            raise InputError(f"zero_point is {zero_point}; only static layers with a bias have one")
+        if zero_point:
+            self.float32 = (*self.float32, "bias")
+            dtype = torch.float32
         n, k = out_features, in_features
 
         def floats(*shape: int) -> torch.Tensor:
@@ -80,6 +87,7 @@ class Int8Linear(QuantizedModule):
         *,
         smooth: torch.Tensor | None = None,
         input_scale: torch.Tensor | None = None,
+        zero_point: int = 0,
         activation: str = "none",
     ) -> Int8Linear:
         """Quantizes the weights of a float layer, which is not changed.
@@ -88,6 +96,7 @@ class Int8Linear(QuantizedModule):
             linear: weight [N, K] and bias [N] of any float dtype.
             smooth: factors an input channel, positive [K].
             input_scale: scale of x / smooth, positive []; None for a dynamic layer.
+            zero_point: the code of 0.0 in a static x.
             activation: what follows the layer.
 
         Raises:
@@ -102,25 +111,43 @@ class Int8Linear(QuantizedModule):
         layer = cls(
             linear.in_features,
             linear.out_features,
-            bias=linear.bias is not None,
+            bias=linear.bias is not None or zero_point != 0,
             smooth=smooth is not None,
             static=input_scale is not None,
             activation=activation,
+            zero_point=zero_point,
             device=weight.device,
             dtype=linear.weight.dtype,
         )
-        qparams = choose_qparams(weight, "int8", PerChannel(0))
-        layer.weight.copy_(quantize(weight, qparams))
-        layer.weight_scale.copy_(qparams.scale)
-        if linear.bias is not None and layer.bias is not None:
-            layer.bias.copy_(linear.bias.detach())
         if smooth is not None and layer.smooth is not None:
             layer.smooth.copy_(smooth)
         if input_scale is not None and layer.input_scale is not None:
             layer.input_scale.copy_(input_scale)
             if layer.smooth is not None:
                 layer.smooth.mul_(layer.input_scale)
+        qparams = choose_qparams(weight, "int8", PerChannel(0))
+        bias = None if linear.bias is None else linear.bias.detach()
+        layer.set_weights(quantize(weight, qparams), qparams.scale, bias)
         return layer.train(linear.training)
+
+    def set_weights(
+        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Takes weights, with what a zero point of x adds taken off the bias.
+
+        Args:
+            codes: int8 [N, K].
+            scale: float32 [N].
+            bias: floating [N], or None.
+        """
+        self.weight.copy_(codes)
+        self.weight_scale.copy_(scale)
+        if self.input_scale is not None:
+            bias = fold_zero_point(
+                bias, self.weight, self.input_scale, self.weight_scale, self.zero_point
+            )
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
 
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
@@ -128,7 +155,8 @@ class Int8Linear(QuantizedModule):
             codes, scale = dynamic_quantize(x, smooth=self.smooth)
         else:
             scale = self.input_scale
-            codes = static_quantize(x, scale if self.smooth is None else self.smooth)
+            factor = scale if self.smooth is None else self.smooth
+            codes = static_quantize(x, factor, zero_point=self.zero_point)
         weight, weight_scale, bias = self.weight, self.weight_scale, self.bias
         if rows is not None:
             weight, weight_scale = weight[rows], weight_scale[rows]
@@ -152,6 +180,7 @@ class Int8Linear(QuantizedModule):
             "smooth": self.smooth is not None,
             "static": self.input_scale is not None,
             "activation": self.activation,
+            "zero_point": self.zero_point,
         }
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from octavo.core.errors import InputError
 from octavo.layers.attention import RowsLinear
 from octavo.layers.module import QuantizedModule
-from octavo.layers.recipes import Int4WeightOnly, Int8WeightOnly, Recipe
+from octavo.layers.recipes import Int4WeightOnly, Int8Static, Int8WeightOnly, Recipe
 
 __all__ = ["Choice", "Selector", "plan"]
 
@@ -24,6 +24,7 @@ Selector: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 
 FEWEST = 128 * 128
 """Weights below which quantizing the input costs more than the smaller product saves."""
+_NEEDS_STATIC = "convolutions quantize with scales of whole tensors; use Int8Static()"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -137,6 +138,8 @@ def _why_not(module: nn.Module, recipe: Recipe, tied: Mapping[int, str], wanted:
         return "is quantized already"
     if isinstance(module, (nn.LSTM, nn.GRU)):
         return _why_not_recurrent(module, recipe)
+    if isinstance(module, nn.Conv2d):
+        return "" if isinstance(recipe, Int8Static) else _NEEDS_STATIC
     if not isinstance(module, nn.Linear):
         return f"Octavo has no INT8 layer for {type(module).__name__}"
     if isinstance(module, NonDynamicallyQuantizableLinear):

@@ -12,6 +12,7 @@ from torch import nn
 
 from octavo.calibration.observers import OBSERVERS
 from octavo.calibration.statistics import TensorStatistics
+from octavo.calibration.table import CalibrationTable
 from octavo.core.errors import CalibrationError, InputError
 from octavo.core.progress import Progress, default_progress
 from octavo.core.swaps import LayerSwap, SwapSummary
@@ -27,6 +28,7 @@ from octavo.layers.recipes import (
 from octavo.layers.smooth import Bound
 from octavo.layers.structure import Edits, take_apart
 from octavo.layers.swap import Made, install, quantized_layer
+from octavo.pipelines.convolutions import calibrate_convolutions
 
 __all__ = ["quantize"]
 
@@ -36,11 +38,12 @@ RECIPES = (Int8Dynamic, Int8Static, Int8WeightOnly, Int4WeightOnly)
 def quantize(
     model: nn.Module,
     recipe: Recipe,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | CalibrationTable | None = None,
     *,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
     overrides: Mapping[str, Recipe | None] | None = None,
+    example_inputs: Any = None,
     inplace: bool = False,
     progress: Progress | None = None,
     verbose: bool = True,
@@ -48,19 +51,22 @@ def quantize(
     """Swaps INT8 layers in for float ones.
 
     Linear layers, the projections of nn.MultiheadAttention, nn.LSTM and nn.GRU are swapped; an
-    activation that follows a Linear is computed by it. Layers that would not gain or would break
-    stay as they are, and the summary says why. A model that could not be quantized is left as it
-    was.
+    activation that follows a Linear is computed by it. With `Int8Static` a model with convolutions
+    becomes a graph of fused INT8 layers (see `octavo.fuse`) that hand each other codes, with the
+    scales that `octavo.calibrate` finds. Layers that would not gain or would break stay as they
+    are, and the summary says why. A model that could not be quantized is left as it was.
 
     Args:
         model: a float model; for inference.
         recipe: `Int8Dynamic()`, `Int8Static()`, `Int8WeightOnly()` or `Int4WeightOnly()`.
         calibration: batches of real data: a tensor, a tuple of arguments or a dict of keyword
             arguments each. Static scales and SmoothQuant need them, 4-bit weights gain from them.
+            For convolutions also the table that `octavo.calibrate` made of this model.
         include: patterns of names, types or functions of (name, module) that select layers; by
             default all. A layer that one selects is swapped though it is small.
         exclude: the same, for layers to leave.
         overrides: pattern of names -> another recipe, or None to leave the layer.
+        example_inputs: what to trace a model with convolutions with; by default the first batch.
         inplace: change `model` itself; by default a copy, which takes the memory of both.
         progress: where to show progress; by default bars on a terminal.
         verbose: print what was swapped, what not and why.
@@ -79,12 +85,11 @@ def quantize(
         refused = take_apart(work, edits)
         choices = plan(work, recipe, include=include, exclude=exclude, overrides=overrides)
         shown = progress or default_progress()
-        inputs = _calibrate(work, choices, calibration, shown)
-        made = _make(choices, inputs, shown)
-        swaps = [_describe(choice, made, refused) for choice in choices]
-        layers = {
-            choice.module: made[choice.name].layer for choice in choices if choice.name in made
-        }
+        graph = calibrate_convolutions(model, choices, calibration, example_inputs, shown)
+        rest = [choice for choice in choices if choice.name not in graph.forms]
+        inputs = _calibrate(work, rest, graph.batches, shown)
+        made = _make(rest, inputs, shown)
+        layers = {choice.module: made[choice.name].layer for choice in rest if choice.name in made}
         if "" in made:
             if inplace:
                 raise InputError(
@@ -94,9 +99,14 @@ def quantize(
             work = made[""].layer
         else:
             install(work, layers, edits)
+        if graph.forms:
+            work = graph.apply(work)
     except BaseException:
         edits.undo()
         raise
+    refused.update(graph.refused)
+    made.update(graph.made)
+    swaps = [_describe(choice, made, refused) for choice in choices]
     summary = SwapSummary(tuple(swaps), before, _bytes(work))
     work.octavo_summary = summary  # type: ignore[assignment] # a plain attribute
     if verbose:

@@ -358,7 +358,7 @@ GOOD = {"x_q": X, "w_q": W, "scale_x": ONE, "scale_w": ONE}
         ({"groups": 2}, "do not fit 2 groups"),
         ({"groups": 0}, "do not fit 0 groups"),
         ({"w_q": W[:3, :4], "groups": 2}, "groups divides N"),
-        ({"w_q": W[:0]}, "have an empty axis; only the batch may be empty"),
+        ({"w_q": W[:0]}, "is empty; only the batch may be 0"),
         ({"w_q": W.to("meta")}, "w_q is on meta and x_q on cpu; move one"),
         ({"zero_point": 128}, "zero_point is 128; an int8 code is from -128 to 127"),
         ({"stride": 0}, "stride is 0"),

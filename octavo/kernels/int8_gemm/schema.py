@@ -136,12 +136,12 @@ def check_epilogue(
             "int32 output is the accumulators alone; leave scales, bias, activation and residual "
             "out"
         )
-    scales = (e.scale_x, e.scale_w)
-    if x_q.is_floating_point() and (raw or scales != (None, None)):
+    given = [one is not None for one in (e.scale_x, e.scale_w)]
+    if x_q.is_floating_point() and (raw or any(given)):
         raise InputError(
             f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
         )
-    if not (raw or x_q.is_floating_point()) and None in scales:
+    if not (raw or x_q.is_floating_point() or all(given)):
         raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
     if (e.out_scale is not None) != (e.out_dtype == torch.int8):
         raise InputError("out_scale belongs to int8 output; give both or neither")

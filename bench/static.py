@@ -27,6 +27,7 @@ from bench.results_file import RESULTS, write_results
 OPERATORS = (
     "depthwise_conv2d",
     "dynamic_quantize",
+    "int8_conv2d",
     "int8_gemm",
     "static_quantize",
     "weight_only_gemm",

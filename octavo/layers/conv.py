@@ -103,12 +103,13 @@ class Int8Conv2d(QuantizedModule):
         weight = torch.zeros(shape, dtype=torch.int8, device=device)
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("weight_scale", floats(out_channels))
-        self.register_buffer("bias", floats(out_channels).zero_() if bias else None)
         self.register_buffer("input_scale", floats())
-        self.register_buffer("output_scale", floats() if out_codes else None)
-        self.register_buffer("residual_scale", floats() if residual_codes else None)
         like = torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("like", like, persistent=False)
+        # those that may be missing come last: torch.export counts them as if they were there
+        self.register_buffer("bias", floats(out_channels).zero_() if bias else None)
+        self.register_buffer("output_scale", floats() if out_codes else None)
+        self.register_buffer("residual_scale", floats() if residual_codes else None)
 
     @classmethod
     def from_float(
@@ -214,6 +215,10 @@ class Int8Conv2d(QuantizedModule):
             out_scale=self.output_scale,
             out_zero_point=self.out_zero_point,
         )
+
+    def config(self) -> dict[str, Any]:
+        """See `QuantizedModule`."""
+        return {**super().config(), "bias": self.bias is not None}
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)

@@ -65,6 +65,8 @@ def config(facts: Facts) -> Tiles:
     """
     wide = _width(facts.n)
     for block_m, block_n in ((128, wide), (64, wide), (64, min(wide, 64))):
+        if facts.m <= 64 < block_m:
+            continue
         count = math.ceil(facts.m / block_m) * math.ceil(facts.n / block_n) * facts.groups
         if count >= facts.processors:
             break

@@ -26,6 +26,7 @@ from bench.results_file import RESULTS, write_results
 
 OPERATORS = (
     "depthwise_conv2d",
+    "depthwise_separable_conv2d",
     "dynamic_quantize",
     "int8_conv2d",
     "int8_gemm",

@@ -290,7 +290,8 @@ def _fake(
 def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tensor:
     from octavo.kernels.depthwise_conv2d import triton
 
-    return triton.depthwise_conv2d(x, weight, c)
+    result: torch.Tensor = triton.depthwise_conv2d(x, weight, c)
+    return result
 
 
 def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:

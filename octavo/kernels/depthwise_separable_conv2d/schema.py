@@ -322,7 +322,8 @@ def _triton(
 ) -> torch.Tensor:
     from octavo.kernels.depthwise_separable_conv2d import triton
 
-    return triton.depthwise_separable_conv2d(x, dw_weight, pw_weight, s)
+    result: torch.Tensor = triton.depthwise_separable_conv2d(x, dw_weight, pw_weight, s)
+    return result
 
 
 def _kind(

@@ -103,12 +103,13 @@ class Int8Conv2d(QuantizedModule):
         weight = torch.zeros(shape, dtype=torch.int8, device=device)
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("weight_scale", floats(out_channels))
-        self.register_buffer("bias", floats(out_channels).zero_() if bias else None)
         self.register_buffer("input_scale", floats())
-        self.register_buffer("output_scale", floats() if out_codes else None)
-        self.register_buffer("residual_scale", floats() if residual_codes else None)
         like = torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("like", like, persistent=False)
+        # those that may be missing come last: torch.export counts them as if they were there
+        self.register_buffer("bias", floats(out_channels).zero_() if bias else None)
+        self.register_buffer("output_scale", floats() if out_codes else None)
+        self.register_buffer("residual_scale", floats() if residual_codes else None)
 
     @classmethod
     def from_float(
@@ -164,32 +165,20 @@ class Int8Conv2d(QuantizedModule):
             device=weight.device,
             dtype=conv.weight.dtype,
         )
+        qparams = choose_qparams(weight, "int8", PerChannel(0))
+        layer.weight.copy_(quantize(weight, qparams))
+        layer.weight_scale.copy_(qparams.scale)
         layer.input_scale.copy_(scale)
         if output_qparams is not None and layer.output_scale is not None:
             layer.output_scale.copy_(output_qparams.scale)
         if residual_qparams is not None and layer.residual_scale is not None:
             layer.residual_scale.copy_(residual_qparams.scale)
-        qparams = choose_qparams(weight, "int8", PerChannel(0))
-        layer.set_weights(quantize(weight, qparams), qparams.scale, bias)
-        return layer.train(conv.training)
-
-    def set_weights(
-        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """Takes weights, with what the zero point of x adds taken off the bias.
-
-        Args:
-            codes: int8 [N, C / groups, kh, kw].
-            scale: float32 [N].
-            bias: floating [N], or None.
-        """
-        self.weight.copy_(codes)
-        self.weight_scale.copy_(scale)
         folded = fold_zero_point(
-            bias, self.weight, self.input_scale, self.weight_scale, self.zero_point
+            bias, layer.weight, layer.input_scale, layer.weight_scale, zero_point
         )
-        if folded is not None and self.bias is not None:
-            self.bias.copy_(folded)
+        if folded is not None and layer.bias is not None:
+            layer.bias.copy_(folded)
+        return layer.train(conv.training)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[B, C, H, W] to [B, N, H', W'], channels_last; a residual is added after the activation.
@@ -226,6 +215,10 @@ class Int8Conv2d(QuantizedModule):
             out_scale=self.output_scale,
             out_zero_point=self.out_zero_point,
         )
+
+    def config(self) -> dict[str, Any]:
+        """See `QuantizedModule`."""
+        return {**super().config(), "bias": self.bias is not None}
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)

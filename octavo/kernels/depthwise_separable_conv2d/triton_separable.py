@@ -19,6 +19,10 @@ def _middle(
     kind: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """What the depthwise half gives [pixels, channels], of the dtype of x."""
+    if BIAS:
+        bias = tl.load(bias_ptr + cols, mask=cols < C, other=0)[None, :]
+        if bias.dtype == tl.int32:
+            sums += bias
     y = sums.to(tl.float32)
     if kind == tl.int8:
         if CHANNEL:
@@ -27,7 +31,8 @@ def _middle(
             scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
         y = y * tl.load(scale_x_ptr) * scale_w[None, :]
     if BIAS:
-        y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        if bias.dtype != tl.int32:
+            y += bias.to(tl.float32)
     y = activate(y, ACTIVATION)
     if kind == tl.int8:
         y = to_int8(y, tl.load(mid_scale_ptr), mid_zero_point)

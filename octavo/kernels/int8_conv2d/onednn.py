@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import MutableMapping
 
 import torch
@@ -46,9 +47,9 @@ def why_not(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
     """Why oneDNN cannot make this convolution, or nothing."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device.type}"
-    if not len(x):
+    if not x.shape[0]:
         return "there is nothing to multiply"
-    products = w[0].numel()
+    products = math.prod(w.shape[1:])
     if c.epilogue.out_dtype == torch.int32 and products > MOST_EXACT:
         return f"sums of {products} products come out in float32, which may round them"
     return why_not_here()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -113,17 +114,21 @@ def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor, groups: int) -> None:
     for name, value in (("x_q", x_q), ("w_q", w_q)):
         if value.dtype != torch.int8:
             raise InputError(f"{name} is {value.dtype}; int8_conv2d takes int8 codes")
-    shapes = f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)}"
     if x_q.ndim != 4 or w_q.ndim != 4:
-        raise InputError(f"{shapes} do not fit; they are [B, C, H, W] and [N, C / groups, kh, kw]")
+        raise InputError(
+            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit; they are [B, C, H, W] "
+            "and [N, C / groups, kh, kw]"
+        )
     if groups < 1 or w_q.shape[0] % groups or x_q.shape[1] != w_q.shape[1] * groups:
         raise InputError(
-            f"{shapes} do not fit {groups} groups; w_q is [N, C / groups, kh, kw], and groups "
-            "divides N"
+            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit {groups} groups; w_q is "
+            "[N, C / groups, kh, kw], and groups divides N"
         )
     if 0 in x_q.shape[1:] or 0 in w_q.shape:
-        raise InputError(f"{shapes} have an empty axis; only the batch may be empty")
-    products = w_q[0].numel()
+        raise InputError(
+            f"x_q {list(x_q.shape)} or w_q {list(w_q.shape)} is empty; only the batch may be 0"
+        )
+    products = math.prod(w_q.shape[1:])
     if products > MAX_K:
         raise InputError(
             f"w_q {list(w_q.shape)} makes sums of {products} products, and those of more than "

@@ -55,12 +55,15 @@ class Epilogue:
         if self.out_dtype == torch.int32:
             return accumulator
         # in place: on a CPU new memory costs as much as the arithmetic
+        bias = self.bias
+        if bias is not None and bias.dtype == torch.int32:
+            accumulator, bias = accumulator.to(torch.int32).add_(bias), None
         y = _as_floats(accumulator)
         if self.scale_x is not None and self.scale_w is not None:
             scale_x = self.scale_x.unsqueeze(-1) if self.scale_x.ndim else self.scale_x
             y = y.mul_(scale_x).mul_(self.scale_w)
-        if self.bias is not None:
-            y.add_(self.bias)
+        if bias is not None:
+            y.add_(bias)
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
             y = y.add_(self._residual(self.residual))

@@ -45,7 +45,8 @@ def int8_gemm(
         w_q: weights, int8 [N, K]; fastest with contiguous rows, as 8-bit tensor cores want them.
         scale_x: float32 [] or, a scale a token, [...].
         scale_w: float32 [] or, a scale an output channel, [N].
-        bias: floating [N].
+        bias: floating [N], added after scaling; or int32 [N], added to the accumulators, as
+            INT8 engines do it.
         activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".
         residual: added after the activation [..., N]; floating, or int8 codes.
         residual_scale: float32 [], for a residual of codes.
@@ -136,12 +137,12 @@ def check_epilogue(
             "int32 output is the accumulators alone; leave scales, bias, activation and residual "
             "out"
         )
-    scales = (e.scale_x, e.scale_w)
-    if x_q.is_floating_point() and (raw or scales != (None, None)):
+    given = [one is not None for one in (e.scale_x, e.scale_w)]
+    if x_q.is_floating_point() and (raw or any(given)):
         raise InputError(
             f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
         )
-    if not (raw or x_q.is_floating_point()) and None in scales:
+    if not (raw or x_q.is_floating_point() or all(given)):
         raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
     if (e.out_scale is not None) != (e.out_dtype == torch.int8):
         raise InputError("out_scale belongs to int8 output; give both or neither")
@@ -155,7 +156,8 @@ def check_epilogue(
     check_tensor("scale_w", e.scale_w, [(), (n,)], x_q, (torch.float32,))
     check_tensor("out_scale", e.out_scale, [()], x_q, (torch.float32,))
     check_tensor("residual_scale", e.residual_scale, [()], x_q, (torch.float32,))
-    check_tensor("bias", e.bias, [(n,)], x_q, FLOATS)
+    kinds = FLOATS if x_q.is_floating_point() else (*FLOATS, torch.int32)
+    check_tensor("bias", e.bias, [(n,)], x_q, kinds)
     check_tensor("residual", e.residual, [result], x_q, (*FLOATS, torch.int8))
 
 

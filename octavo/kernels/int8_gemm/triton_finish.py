@@ -21,7 +21,7 @@ def finish(
 ):  # fmt: skip
     """Epilogue of accumulators [rows, cols], and its store; see `reference.Epilogue`.
 
-    Int32 accumulators have scales, float32 ones have none.
+    Int32 accumulators have scales, float32 ones have none. A bias of int32 is added to the former.
 
     Rows from M on and columns from `end` on are not stored; N is the length of a row.
     """
@@ -30,6 +30,10 @@ def finish(
     if RAW:
         tl.store(out_ptr + there, acc, mask=inside)
     else:
+        if BIAS:
+            bias = tl.load(bias_ptr + cols, mask=cols < end, other=0)[None, :]
+            if bias.dtype == tl.int32:
+                acc += bias
         y = acc.to(tl.float32)
         if acc.dtype == tl.int32:
             if TOKEN:
@@ -42,7 +46,8 @@ def finish(
                 scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
             y = y * scale_x[:, None] * scale_w[None, :]
         if BIAS:
-            y += tl.load(bias_ptr + cols, mask=cols < end, other=0.0).to(tl.float32)[None, :]
+            if bias.dtype != tl.int32:
+                y += bias.to(tl.float32)
         y = activate(y, ACTIVATION)
         if RESIDUAL:
             other = tl.load(residual_ptr + there, mask=inside, other=0).to(tl.float32)

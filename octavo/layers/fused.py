@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError
-from octavo.kernels import depthwise_conv2d
-from octavo.kernels.int8_gemm.schema import FLOATS
+from octavo.kernels import depthwise_conv2d, depthwise_separable_conv2d
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, IN_PLACE
+from octavo.kernels.int8_gemm.schema import FLOATS
 from octavo.layers.linear import compute_dtype
 
 __all__ = ["FusedConv2d", "FusedSeparableConv2d"]
@@ -96,7 +96,14 @@ class FusedConv2d(nn.Module):
         """[B, C, H, W] to [B, N, H', W']; `residual` is added to that."""
         if x.ndim == 3:
             return self(x[None], residual)[0]  # type: ignore[no-any-return]
-        y = _finish(self._convolve(x), residual, self.final_activation)
+        return self.finish(x, self._convolve(x), residual)
+
+    def finish(self, x: torch.Tensor, y: torch.Tensor, residual: Any) -> torch.Tensor:
+        """What follows the activated convolution y of x; y is written over."""
+        if residual is not None:
+            alike = isinstance(residual, torch.Tensor) and residual.shape == y.shape
+            y = y.add_(residual) if alike and residual.dtype == y.dtype else y + residual
+        y = IN_PLACE[self.final_activation](y)
         if self.channels_last or x.is_contiguous(memory_format=torch.channels_last):
             return y
         return y.contiguous()
@@ -172,19 +179,23 @@ class FusedSeparableConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: Any = None) -> torch.Tensor:
         """[B, C, H, W] to [B, N, H', W']; `residual` is added to that."""
-        y: torch.Tensor = self.pointwise(self.depthwise(x), residual)
-        return y
-
-
-def _finish(y: torch.Tensor, residual: Any, final_activation: str) -> torch.Tensor:
-    if residual is None:
-        return IN_PLACE[final_activation](y)
-    alike = isinstance(residual, torch.Tensor) and (residual.shape, residual.dtype) == (
-        y.shape,
-        y.dtype,
-    )
-    y = y.add_(residual) if alike else y + residual
-    return IN_PLACE[final_activation](y)
+        first, second, dtype = self.depthwise, self.pointwise, compute_dtype(x)
+        if x.ndim != 4 or dtype not in FLOATS:
+            y: torch.Tensor = second(first(x), residual)
+            return y
+        y = depthwise_separable_conv2d(
+            x.to(dtype),
+            first.weight.to(dtype),
+            first.bias,
+            second.weight.to(dtype),
+            second.bias,
+            stride=first.stride,
+            padding=first.padding,
+            dilation=first.dilation,
+            dw_activation=first.activation,
+            pw_activation=second.activation,
+        )
+        return second.finish(x, y, residual)
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -60,7 +60,8 @@ def depthwise_conv2d(
             without a copy.
         weight: of x's dtype [C, 1, kh, kw]; on a GPU without a copy where a channel's neighbour
             in memory is the next channel, see `by_taps`.
-        bias: floating [C]; a BatchNorm is folded into weight and bias beforehand.
+        bias: floating [C]; a BatchNorm is folded into weight and bias beforehand. For codes also
+            int32 [C], which is added to the sums.
         stride: a number or (vertical, horizontal).
         padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same": ceil(size
             / stride) outputs, the odd pixel at the right and the bottom (ONNX's SAME_UPPER,

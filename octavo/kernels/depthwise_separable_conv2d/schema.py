@@ -74,9 +74,10 @@ def depthwise_separable_conv2d(
         x: float16, bfloat16, float32 or int8 codes [B, C, H, W]; any memory format, channels_last
             without a copy.
         dw_weight: of x's dtype [C, 1, kh, kw]; see `depthwise_conv2d`.
-        dw_bias: floating [C]; a BatchNorm is folded into weight and bias beforehand.
+        dw_bias: floating [C]; a BatchNorm is folded into weight and bias beforehand. For codes
+            also int32 [C], which is added to the sums.
         pw_weight: of x's dtype [N, C] or [N, C, 1, 1].
-        pw_bias: floating [N].
+        pw_bias: floating [N]; for codes also int32 [N].
         stride: a number or (vertical, horizontal).
         padding: as of `depthwise_conv2d`.
         dilation: a number or (vertical, horizontal).
@@ -178,8 +179,9 @@ def _check_halves(
     check_tensor("dw_scale", first.scale_w, [(), (channels,)], x, (torch.float32,))
     check_tensor("mid_scale", first.out_scale, [()], x, (torch.float32,))
     check_tensor("pw_scale", second.scale_w, [(), (n,)], x, (torch.float32,))
-    check_tensor("dw_bias", first.bias, [(channels,)], x)
-    check_tensor("pw_bias", second.bias, [(n,)], x)
+    kinds = FLOATS if x.is_floating_point() else (*FLOATS, torch.int32)
+    check_tensor("dw_bias", first.bias, [(channels,)], x, kinds)
+    check_tensor("pw_bias", second.bias, [(n,)], x, kinds)
     check_epilogue(first, x, scales_x=[()], n=channels, result=())
     check_epilogue(second, x, scales_x=[()], n=n, result=(batch, height, width, n))
 

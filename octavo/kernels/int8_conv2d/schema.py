@@ -55,7 +55,8 @@ def int8_conv2d(
         w_q: weights, int8 [N, C / groups, kh, kw]; fastest in channels_last.
         scale_x: float32 [].
         scale_w: float32 [] or, a scale an output channel, [N].
-        bias: floating [N].
+        bias: floating [N], added after scaling; or int32 [N], added to the accumulators, as
+            INT8 engines do it.
         stride: a number for both directions, or (vertical, horizontal).
         padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same" as in
             `octavo.kernels.window.make_window`.

@@ -174,9 +174,9 @@ def _with_pointwise(scene: Scene, units: Sequence[Unit]) -> list[Unit | Pair]:
         if unit.residual is not None:
             reason = "a residual is added before what follows"
         elif reader is None:
-            reason = f"its result has {len(unit.out.users)} readers"
+            reason = f"its result is read by {scene.readers(unit.out)}"
         elif second is None or second.x is not unit.out or not second.pointwise:
-            reason = f"{scene.describe(reader)} follows, no pointwise convolution"
+            reason = f"{scene.readers(unit.out)} follows, no pointwise convolution"
         else:
             pair = Pair(unit, second)
             if scene.overtakes_write(pair.nodes, pair.reads):

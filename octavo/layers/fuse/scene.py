@@ -13,6 +13,7 @@ from octavo.layers.fuse.steps import Conv, Norm, Step, read
 
 __all__ = ["Scene"]
 
+MOVES = ("permute", "transpose", "movedim", "contiguous")
 WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
@@ -56,8 +57,17 @@ class Scene:
         if node.op == "call_module":
             kind = type(self.root.get_submodule(str(node.target))).__name__
             return f"{kind} {str(node.target)!r}"
-        name = getattr(node.target, "__name__", str(node.target))
-        return name.removesuffix(".default").removesuffix(".Tensor")
+        return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+    def readers(self, node: fx.Node) -> str:
+        """What reads a node, for a person."""
+        found = []
+        for reader in node.users:
+            found.append(self.describe(reader))
+            following = self.sole_reader(reader)
+            if found[-1] in MOVES and following is not None:
+                found[-1] += f" and then {self.describe(following)}"
+        return ", ".join(found) or "nothing"
 
     def overtakes_write(self, nodes: Collection[fx.Node], reads: Iterable[fx.Node]) -> bool:
         """Whether something writes into what is read, between the first node and the last.

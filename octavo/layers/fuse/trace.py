@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,10 +94,11 @@ def exported(
     Raises:
         Exception: whatever torch.export raises.
     """
-    program = _export_for_any_batch(model, args, dict(kwargs))
-    any_batch = program is not None
-    if program is None:
-        program = torch.export.export(model, args, dict(kwargs), strict=False)
+    with _quiet():
+        program = _export_for_any_batch(model, args, dict(kwargs))
+        any_batch = program is not None
+        if program is None:
+            program = torch.export.export(model, args, dict(kwargs), strict=False)
     module = program.module()
     return in_evaluation(FusedModel(module, module.graph, type(model).__name__)), any_batch
 
@@ -106,6 +109,17 @@ def in_evaluation(model: FusedModel) -> FusedModel:
         if module is model or type(module) is nn.Module:
             module.training = False
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch.export from logging what its exception says too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _export_for_any_batch(

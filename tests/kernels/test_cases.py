@@ -20,6 +20,7 @@ SHAPES = {
     "dynamic_quantize": (17, 96),
     "weight_only_gemm": (3, 64, 128),
     "static_quantize": (17, 96),
+    "int8_conv2d": (9, 16, 8, 24, 3, 1, 1),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
@@ -63,6 +64,11 @@ def test_bytes_and_operations_by_hand() -> None:
     one, channels = cases_of("static_quantize").cases([(2, 8)], torch.float16)
     assert one.bytes == 2 * 8 * 2 + 2 * 8 + 4
     assert channels.bytes == one.bytes + 4 * 7
+    floats, codes = cases_of("int8_conv2d").cases([(2, 8, 5, 6, 3, 2, 2)], torch.float16)
+    inputs = 2 * 5 * 5 * 8 + 6 * 4 * 9 + 4 * 6 + 4 * 6 + 4
+    assert floats.bytes == inputs + 2 * 3 * 3 * 6 * 2
+    assert codes.bytes == inputs + 2 * 3 * 3 * 6 + 4
+    assert floats.operations == 2 * (2 * 3 * 3 * 6) * (4 * 9)
     grouped = cases_of("weight_only_gemm").cases([(1, 4, 256)], torch.float16)[0]
     assert grouped.bytes == 4 * 256 // 2 + 4 * 2 * 2 + (256 + 4) * 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,12 @@ from torch.nn import functional
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, fold_zero_point, int8_conv2d
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.int8_conv2d import cases, reference
+from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config
+from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
+from octavo.kernels.int8_gemm.tiles import shared_limit
+from octavo.kernels.window import Window
 
 triton_body = pytest.importorskip("octavo.kernels.int8_conv2d.triton")
 
@@ -341,6 +347,54 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = codes(1, 1024, 1, 1)
     with pytest.raises(UnsupportedError, match="sums of 1024 products come out in float32"):
         int8_conv2d(wide, wide, out_dtype=torch.int32, backend="onednn")
+
+
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_tiles_fit_the_architecture(capability: tuple[int, int]) -> None:
+    for m, n, channels, taps, groups, heavy in itertools.product(
+        (1, 64, 1 << 17), (1, 24, 512), (3, 16, 33, 48, 512), (1, 9, 49), (1, 32), (False, True)
+    ):
+        facts = Facts(m, n, channels, taps, groups, heavy, capability)
+        rule, offered = config(facts), list(candidates(facts))
+        assert rule in offered
+        assert len(offered) == len({tuple(tiles.values()) for tiles in offered}) <= 30
+        for tiles in offered:
+            operands = (tiles["BLOCK_M"] + tiles["BLOCK_N"]) * tiles["BLOCK_K"]
+            assert tiles["num_stages"] * operands < shared_limit(capability)
+            assert tiles["BLOCK_K"] >= 32
+            outputs = tiles["BLOCK_M"] * tiles["BLOCK_N"] // (32 * tiles["num_warps"])
+            assert outputs <= 64, "more sums a thread and the epilogue spills"
+
+
+@pytest.mark.parametrize("shape", ["several blocks", "stem", "groups"])
+def test_every_tile_gives_the_same(shape: str, device: torch.device) -> None:
+    x, w, window = call_of(shape)
+    groups = window.pop("groups")
+    raw = Epilogue(None, None, None, None, None, "none", torch.int32)
+    c = Convolution(
+        Window(tuple(w.shape[2:]), window["stride"], window["padding"], window["dilation"]), 5, raw
+    )
+    expected = reference.int8_conv2d(x, w, c)
+    facts = Facts(64, len(w) // groups, w.shape[1], w[0, 0].numel(), groups)
+    for tiles in list(candidates(facts))[::3]:
+        found = triton_body.int8_conv2d(x.to(device), w.to(device), c, {**tiles, "GROUP_M": 2})
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_bytes_of_the_plan() -> None:
+    """What the kernel moves, against what has to be moved, each byte once."""
+    worst: dict[int, float] = {}
+    for case in cases.cases():
+        if case.shape[4:6] == (1, 1):
+            continue  # a matrix product, and int8_gemm's
+        ratio = cases.planned_bytes(case) / case.bytes
+        worst[case.shape[0]] = max(worst.get(case.shape[0], 0), ratio)
+        assert ratio >= 1
+    # lines of images at which columns of tiles meet; weights stay in the cache
+    assert max(worst.values()) <= 1.1
 
 
 ONE = torch.tensor(1.0)

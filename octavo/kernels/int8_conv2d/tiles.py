@@ -65,6 +65,8 @@ def config(facts: Facts) -> Tiles:
     """
     wide = _width(facts.n)
     for block_m, block_n in ((128, wide), (64, wide), (64, min(wide, 64))):
+        if facts.m <= 64 < block_m:
+            continue
         count = math.ceil(facts.m / block_m) * math.ceil(facts.n / block_n) * facts.groups
         if count >= facts.processors:
             break
@@ -78,7 +80,7 @@ def candidates(facts: Facts) -> Iterator[Tiles]:
     for block_m, block_n, block_k, stages in itertools.product(
         (128, 64) if facts.m > 64 else (64,),
         dict.fromkeys((wide, min(wide, 64))),
-        dict.fromkeys((step, min(2 * step, MOST_STEP))),
+        dict.fromkeys((step, step if folds(facts.channels) else min(2 * step, MOST_STEP))),
         (4, 3, 2),
     ):
         tiles = _tiles(facts, block_m, block_n, block_k, stages)
@@ -90,14 +92,16 @@ def candidates(facts: Facts) -> Iterator[Tiles]:
 
 
 def _tiles(facts: Facts, block_m: int, block_n: int, block_k: int, stages: int) -> Tiles:
+    fold = folds(facts.channels)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "GROUP_M": 8,
-        "num_warps": 8 if block_m * block_n >= 128 * 128 and facts.heavy else 4,
+        # a thread has the sums of 64 outputs at most, or the addresses of 32 codes
+        "num_warps": 8 if block_m * block_n >= 128 * 128 or (block_m == 128 and fold) else 4,
         # bytes gathered one by one cannot be copied while others are multiplied
-        "num_stages": 1 if folds(facts.channels) else stages,
+        "num_stages": 1 if fold else stages,
     }
 
 
@@ -108,8 +112,7 @@ def _width(n: int) -> int:
 
 def _step(facts: Facts) -> int:
     """Products a step: as many as divide the channels with the least waste."""
-    channels = facts.channels
-    if folds(channels):
-        return min(64, max(LEAST_STEP, 1 << (channels * facts.taps - 1).bit_length()))
+    if folds(facts.channels):
+        return LEAST_STEP
     steps = (MOST_STEP, MOST_STEP // 2, LEAST_STEP)
-    return min(steps, key=lambda step: math.ceil(channels / step) * step)
+    return min(steps, key=lambda step: math.ceil(facts.channels / step) * step)

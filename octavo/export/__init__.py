@@ -18,7 +18,7 @@ from octavo.export.precision import to_float16
 from octavo.export.qdq import QdqModel, QuantSpec, adjust_weights, insert_qdq, quantize_graph
 from octavo.export.torch_export import TorchExport, export_torch, module_ports
 from octavo.export.unsigned import unsigned_spec
-from octavo.export.weights import QuantizedWeight, quantize_weight
+from octavo.quant.weights import QuantizedWeight, quantize_weight
 
 __all__ = [
     "Chain",

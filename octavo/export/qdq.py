@@ -13,7 +13,7 @@ from octavo.core.errors import InputError
 from octavo.export.constants import initializer, set_constant
 from octavo.export.equalization import equalize
 from octavo.export.placement import Placement, QuantizedLayer, place
-from octavo.export.weights import half_scale, quantize_weight
+from octavo.quant.weights import half_scale, quantize_weight
 from octavo.quant import PerTensor, QParams
 
 __all__ = ["QdqModel", "QuantSpec", "adjust_weights", "insert_qdq", "quantize_graph"]

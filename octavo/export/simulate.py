@@ -25,7 +25,7 @@ from octavo.export.placement import QuantizedLayer, place
 from octavo.export.pooling import averages_pictures, scales_fit
 from octavo.export.qdq import INTEGER_BIAS, QuantSpec, adjust_weights
 from octavo.export.torch_export import TorchExport
-from octavo.export.weights import quantize_weight
+from octavo.quant.weights import quantize_weight
 from octavo.quant import QParams
 
 __all__ = ["simulate"]

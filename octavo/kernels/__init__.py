@@ -6,7 +6,7 @@ and triton.py, which take the same arguments.
 
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv1d, depthwise_conv2d
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
-from octavo.kernels.dispatch import explain
+from octavo.kernels.dispatch import explain, use_backend
 from octavo.kernels.dynamic_quantize.schema import (
     LayerNorm,
     RmsNorm,
@@ -32,5 +32,6 @@ __all__ = [
     "int8_conv2d",
     "int8_gemm",
     "static_quantize",
+    "use_backend",
     "weight_only_gemm",
 ]

@@ -6,10 +6,12 @@ bucket, and the fastest is kept in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ import torch
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import contest
 
-__all__ = ["Body", "Decision", "explain", "is_plain_call", "select", "why_not_triton"]
+__all__ = ["Body", "Decision", "explain", "is_plain_call", "select", "use_backend", "why_not_triton"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Decision:
 
 INTERPRETED = "TRITON_INTERPRET=1 is for tests, which ask for it by name"
 _last: dict[str, Decision] = {}
+_asked: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="auto")
 
 
 def select(
@@ -95,6 +98,8 @@ def select(
         InputError: no body has this name.
         UnsupportedError: the body asked for cannot run these arguments; says why.
     """
+    if backend == "auto":
+        backend = _asked.get()
     if backend != "auto":
         return _named(operator, bodies, backend, arguments)
     if device is None or bucket is None or device.type != "cuda":
@@ -109,6 +114,23 @@ def select(
     failed = tuple((name, f"failed: {reason}") for name, reason in found.failures)
     _last[operator] = Decision(operator, found.body, (*passed_over, *failed), found.microseconds)
     return next(body for body in able if body.name == found.body)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, operators that are called with backend "auto" take this one, or raise.
+
+    "reference" makes layers compute with the exact reference. It holds for the calls of this
+    thread, not for what torch.compile has compiled before.
+
+    Args:
+        backend: name of a backend that every operator called has, such as "reference".
+    """
+    token = _asked.set(backend)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def _named(operator: str, bodies: Sequence[Body], backend: str, arguments: Sequence[Any]) -> Body:

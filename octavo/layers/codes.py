@@ -13,6 +13,9 @@ from octavo.quant import QParams
 
 __all__ = ["Dequantize", "Int8Add", "Quantize"]
 
+UNSIGNED = 128
+"""What makes an int8 code one of uint8."""
+
 
 class Quantize(QuantizedModule):
     """Floats to int8 codes.
@@ -101,6 +104,9 @@ class Dequantize(QuantizedModule):
 class Int8Add(QuantizedModule):
     """activation(a + b) of two tensors of codes, in codes.
 
+    Two fused multiply-adds in float32 on unsigned codes, which has the bits of ONNX Runtime:
+    y = round(fma(a, s_a / s_y, fma(b, s_b / s_y, offset))), the offset gathering the zero points.
+
     Args:
         a_zero_point: of the first.
         b_zero_point: of the second.
@@ -151,13 +157,25 @@ class Int8Add(QuantizedModule):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Two tensors of one shape, to a tensor of that shape."""
-        total = _reals(a, self.a_scale, self.a_zero_point)
-        total = total + _reals(b, self.b_scale, self.b_zero_point)
-        return to_int8(ACTIVATIONS[self.activation](total), self.out_scale, self.out_zero_point)
+        zeros = (self.a_zero_point + UNSIGNED, self.b_zero_point + UNSIGNED)
+        zero = self.out_zero_point + UNSIGNED
+        ratio_a, ratio_b = self.a_scale / self.out_scale, self.b_scale / self.out_scale
+        offset = zero - (ratio_a * zeros[0] + ratio_b * zeros[1])
+        inner = _fma(b.to(torch.float64) + UNSIGNED, ratio_b, offset)
+        total = _fma(a.to(torch.float64) + UNSIGNED, ratio_a, inner)
+        if self.activation == "none":
+            return (torch.round(total) - UNSIGNED).clamp_(-128, 127).to(torch.int8)
+        real = ACTIVATIONS[self.activation]((total - zero) * self.out_scale)
+        return to_int8(real, self.out_scale, self.out_zero_point)
 
     def extra_repr(self) -> str:
         """What follows the sum."""
         return f"activation={self.activation!r}"
+
+
+def _fma(x: torch.Tensor, factor: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """float32(x * factor + y), rounded once, of codes in float64 and float32 numbers."""
+    return x.mul_(factor.to(torch.float64)).add_(y).to(torch.float32)
 
 
 def _reals(codes: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:

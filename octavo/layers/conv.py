@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
-from octavo.kernels import fold_zero_point, int8_conv2d, static_quantize
+from octavo.kernels import int8_conv2d, static_quantize
 from octavo.layers.linear import compute_dtype
 from octavo.layers.module import QuantizedModule
-from octavo.quant import PerChannel, PerTensor, QParams, choose_qparams, quantize
+from octavo.quant import PerTensor, QParams
+from octavo.quant.weights import quantize_weight
 
 __all__ = ["Int8Conv2d", "signed"]
 
 Numbers = int | Sequence[int]
+CODES = 128
+"""Codes of int8 from 0 up."""
 
 
 class Int8Conv2d(QuantizedModule):
@@ -24,6 +27,11 @@ class Int8Conv2d(QuantizedModule):
 
     Weights are symmetric with a scale an output channel. Activations have one calibrated scale and
     zero point: x = (q - zero_point) * scale. Codes that a layer leaves, the next one takes.
+
+    The bias is added to the sums, on their grid, as INT8 engines do it. Where codes follow from the
+    sums by scaling and saturation alone (no activation, ReLU, or a ReLU6 that ends at the largest
+    code), one multiplication makes them, float32(sum) * (scale_x * scale_w / scale_y), which has
+    the bits of ONNX Runtime.
 
     Args:
         in_channels: C.
@@ -48,11 +56,14 @@ class Int8Conv2d(QuantizedModule):
     Attributes:
         weight: int8 [N, C / groups, kh, kw], channels_last.
         weight_scale: float32 [N].
-        bias: float32 [N], or None; what the zero point of x adds to sums is taken off.
+        bias: int32 [N], or None; in steps of the sums, with what the zero point of x adds to them
+            taken off.
         input_scale: float32 [].
         output_scale: float32 [], or None for a float result.
         residual_scale: float32 [], or None where floats are added, or nothing.
         like: [0] of the dtype of a float result where x comes as codes.
+        step: float32 [N], what one step of a sum stands for: a real number, or a number of output
+            codes; follows from the scales.
     """
 
     weight: torch.Tensor
@@ -62,7 +73,9 @@ class Int8Conv2d(QuantizedModule):
     output_scale: torch.Tensor | None
     residual_scale: torch.Tensor | None
     like: torch.Tensor
-    float32 = ("weight_scale", "bias", "input_scale", "output_scale", "residual_scale")
+    step: torch.Tensor
+    one: torch.Tensor
+    float32 = ("weight_scale", "input_scale", "output_scale", "residual_scale", "step", "one")
 
     def __init__(
         self,
@@ -106,10 +119,14 @@ class Int8Conv2d(QuantizedModule):
         self.register_buffer("input_scale", floats())
         like = torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("like", like, persistent=False)
+        self.register_buffer("step", floats(out_channels), persistent=False)
+        self.register_buffer("one", floats(), persistent=False)
         # those that may be missing come last: torch.export counts them as if they were there
-        self.register_buffer("bias", floats(out_channels).zero_() if bias else None)
+        zeros = torch.zeros(out_channels, dtype=torch.int32, device=device)
+        self.register_buffer("bias", zeros if bias else None)
         self.register_buffer("output_scale", floats() if out_codes else None)
         self.register_buffer("residual_scale", floats() if residual_codes else None)
+        self._follow_scales()
 
     @classmethod
     def from_float(
@@ -173,12 +190,58 @@ class Int8Conv2d(QuantizedModule):
             layer.output_scale.copy_(output_qparams.scale)
         if residual_qparams is not None and layer.residual_scale is not None:
             layer.residual_scale.copy_(residual_qparams.scale)
-        folded = fold_zero_point(
-            bias, layer.weight, layer.input_scale, layer.weight_scale, zero_point
+        made = quantize_weight(
+            weight.cpu().numpy(),
+            0,
+            bias=None if bias is None else bias.float().cpu().numpy(),
+            input_scale=float(scale),
         )
-        if folded is not None and layer.bias is not None:
-            layer.bias.copy_(folded)
+        codes = None if made.bias_codes is None else torch.from_numpy(made.bias_codes)
+        layer.set_weights(torch.from_numpy(made.codes), made.qparams.scale, codes)
         return layer.train(conv.training)
+
+    @torch.no_grad()
+    def set_weights(
+        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Takes weights, for the scales of activations that are set.
+
+        Args:
+            codes: int8 [N, C / groups, kh, kw].
+            scale: float32 [N].
+            bias: int32 [N] in steps of the sums, or None.
+
+        Raises:
+            InputError: a bias that int32 cannot hold with what the zero point adds.
+        """
+        self.weight.copy_(codes)
+        self.weight_scale.copy_(scale)
+        if self.bias is not None:
+            sums = codes.flatten(1).sum(1, dtype=torch.int64)
+            total = (0 if bias is None else bias.long()) - self.zero_point * sums
+            if bool((total.abs() >= 2**31).any()):
+                raise InputError(
+                    f"the bias and the zero point {self.zero_point} need {int(total.abs().max())} "
+                    "steps, and int32 has 2**31; split the channels, or choose a zero point of 0"
+                )
+            self.bias.copy_(total)
+        self._follow_scales()
+
+    def _follow_scales(self) -> None:
+        """What follows from the scales."""
+        step = self.input_scale * self.weight_scale
+        self._requantizes = self.output_scale is not None and self._only_saturates()
+        if self.output_scale is not None and self._requantizes:
+            step = step / self.output_scale
+        self.step = step
+
+    def _only_saturates(self) -> bool:
+        """Whether the activation is one that codes do by saturating, or ReLU."""
+        if self.residual_scale is not None or self.output_scale is None or self.step.is_meta:
+            return False
+        if self.activation != "relu6":
+            return self.activation in ("none", "relu")
+        return round(6 / float(self.output_scale)) + self.out_zero_point >= CODES - 1
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[B, C, H, W] to [B, N, H', W'], channels_last; a residual is added after the activation.
@@ -199,22 +262,32 @@ class Int8Conv2d(QuantizedModule):
         return int8_conv2d(
             codes,
             self.weight,
-            self.input_scale,
-            self.weight_scale,
+            self.one,
+            self.step,
             bias=self.bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
             zero_point=self.zero_point,
-            activation=self.activation,
+            activation=self.sums_activation,
             residual=residual,
             residual_scale=self.residual_scale if coded else None,
             residual_zero_point=self.residual_zero_point if coded else 0,
             out_dtype=out_dtype,
-            out_scale=self.output_scale,
+            out_scale=self.steps_scale,
             out_zero_point=self.out_zero_point,
         )
+
+    @property
+    def sums_activation(self) -> str:
+        """What is applied to sums times `step`; a ReLU6 that saturates is a ReLU."""
+        return "relu" if self._requantizes and self.activation == "relu6" else self.activation
+
+    @property
+    def steps_scale(self) -> torch.Tensor | None:
+        """The scale of the result where sums times `step` are no codes yet."""
+        return self.one if self._requantizes else self.output_scale
 
     def config(self) -> dict[str, Any]:
         """See `QuantizedModule`."""
@@ -224,6 +297,8 @@ class Int8Conv2d(QuantizedModule):
         super()._load_from_state_dict(*arguments, **options)
         # what was assigned may lie in another order, which kernels would copy at every call
         self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        self.one = torch.ones_like(self.input_scale)
+        self._follow_scales()
 
     def extra_repr(self) -> str:
         """Sizes, and what comes and goes as codes."""

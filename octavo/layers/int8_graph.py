@@ -54,7 +54,7 @@ class Weights:
     Attributes:
         codes: int8 [N, C / groups, kh, kw], or [N, K].
         scale: float32 [N].
-        bias: float32 [N], or None.
+        bias: of a convolution int32 [N] in steps of its sums, of a Linear float32 [N]; or None.
     """
 
     codes: torch.Tensor

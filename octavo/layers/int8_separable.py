@@ -39,6 +39,9 @@ class Int8DepthwiseSeparableConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Codes [B, C, H, W] to [B, N, H', W'], codes or floats as the second layer gives them."""
         first, second = self.depthwise, self.pointwise
+        middle, step = first.steps_scale, second.step
+        if middle is not first.one and middle is not None:
+            step = step / middle  # the kernel multiplies with the scale of the middle itself
         return depthwise_separable_conv2d(
             x,
             first.weight,
@@ -48,15 +51,15 @@ class Int8DepthwiseSeparableConv2d(nn.Module):
             stride=first.stride,
             padding=first.padding,
             dilation=first.dilation,
-            dw_activation=first.activation,
-            pw_activation=second.activation,
-            scale_x=first.input_scale,
-            dw_scale=first.weight_scale,
-            mid_scale=second.input_scale,
-            pw_scale=second.weight_scale,
+            dw_activation=first.sums_activation,
+            pw_activation=second.sums_activation,
+            scale_x=first.one,
+            dw_scale=first.step,
+            mid_scale=middle,
+            pw_scale=step,
             zero_point=first.zero_point,
             mid_zero_point=second.zero_point,
             out_dtype=torch.int8 if second.out_codes else second.like.dtype,
-            out_scale=second.output_scale,
+            out_scale=second.steps_scale,
             out_zero_point=second.out_zero_point,
         )

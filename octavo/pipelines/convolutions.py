@@ -20,7 +20,7 @@ from octavo.export.onnx_model import TRANSPOSED
 from octavo.export.placement import ACTIVATIONS, QuantizedLayer, place
 from octavo.export.qdq import INTEGER_BIAS, adjust_weights
 from octavo.export.unsigned import unsigned_spec
-from octavo.export.weights import quantize_weight
+from octavo.quant.weights import quantize_weight
 from octavo.layers.fuse import fuse_model
 from octavo.layers.fuse.trace import FusedModel
 from octavo.layers.int8_graph import Form, Weights, to_int8
@@ -234,7 +234,9 @@ def _weights(node: ir.Node, layer: QuantizedLayer, x: QParams) -> Weights:
         bias = _constant(node.inputs[2])
     on_grid = layer.op in INTEGER_BIAS
     made = quantize_weight(weight, 0, bias=bias, input_scale=float(x.scale) if on_grid else None)
-    if bias is not None and on_grid:
+    if layer.op == "Conv":
+        bias = made.bias_codes
+    elif on_grid:
         bias = made.bias
     return Weights(
         torch.from_numpy(np.array(made.codes)),

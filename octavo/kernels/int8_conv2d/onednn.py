@@ -108,7 +108,7 @@ def _convolve(codes: torch.Tensor, w: torch.Tensor, window: Window, e: Epilogue)
         _pack(w, codes.shape, window),
         scale_w,
         _zeros(n),
-        None if e.bias is None else e.bias.float(),
+        _bias(e, scale_w),
         window.stride,
         (window.padding[2], window.padding[0]),
         window.dilation,
@@ -121,6 +121,14 @@ def _convolve(codes: torch.Tensor, w: torch.Tensor, window: Window, e: Epilogue)
         "",
     )
     return result
+
+
+def _bias(e: Epilogue, scale_w: torch.Tensor) -> torch.Tensor | None:
+    """The bias behind the scales, where oneDNN adds it."""
+    if e.bias is None or e.bias.dtype != torch.int32:
+        return None if e.bias is None else e.bias.float()
+    step = scale_w.double() if e.scale_x is None else scale_w.double() * e.scale_x.double()
+    return (e.bias.double() * step).float()
 
 
 @functools.lru_cache(maxsize=64)

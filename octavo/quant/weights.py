@@ -13,7 +13,9 @@ import numpy.typing as npt
 import torch
 
 from octavo.core.arrays import Array, Float32
-from octavo.quant import PerChannel, PerTensor, QParams, qparams_from_range, quantize
+from octavo.quant.affine import qparams_from_range, quantize
+from octavo.quant.granularity import PerChannel, PerTensor
+from octavo.quant.qparams import QParams
 
 __all__ = ["QuantizedWeight", "half_scale", "quantize_weight"]
 

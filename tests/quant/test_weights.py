@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.export import quantize_weight
-from octavo.export.weights import ACCUMULATOR_LIMIT
+from octavo.quant.weights import ACCUMULATOR_LIMIT
 
 INT32 = np.iinfo(np.int32)
 

@@ -18,7 +18,7 @@ import torch
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import contest
 
-__all__ = ["Body", "Decision", "explain", "is_plain_call", "select", "why_not_triton"]
+__all__ = ["Body", "Decision", "explain", "is_plain_call", "note", "select", "why_not_triton"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,16 @@ def explain(operator: str) -> Decision:
     if operator not in _last:
         raise InputError(f"{operator!r} has not run in this process; known: {sorted(_last)}")
     return _last[operator]
+
+
+def note(operator: str, body: str) -> None:
+    """Tells `explain` of a body that a caller ran by itself, without `select`."""
+    _last[operator] = _unchosen(operator, body)
+
+
+@functools.cache
+def _unchosen(operator: str, body: str) -> Decision:
+    return Decision(operator, body)
 
 
 def is_plain_call(*tensors: torch.Tensor | None) -> bool:

@@ -29,6 +29,8 @@ from octavo.export.torch_export import module_ports
 __all__ = ["CalibrationOptions", "calibrate_graph"]
 
 HELD_BACK = 24
+FEWEST_HELD = 4
+"""Fewer held-back samples than these decide by chance."""
 KEPT = 32
 
 
@@ -174,6 +176,8 @@ def _decide(
 ) -> CalibrationTable:
     trials: tuple[Trial, ...] = ()
     if options.searches or options.bias_correction:
+        if options.searches:
+            _warn_of_few(samples, divider.held.size)
         candidate, trials = _search(model, placement, statistics, divider, options, progress)
     else:
         ranges = observed_ranges(statistics, placement.groups, options.observer, options.dtype)
@@ -185,6 +189,22 @@ def _decide(
     return _table(model, placement, statistics, samples, candidate, trials)
 
 
+def _warn_of_few(samples: int, held: int) -> None:
+    """Says when a comparison of candidates rests on next to nothing."""
+    if held >= FEWEST_HELD:
+        return
+    if held:
+        weak = f"are compared on {held} of them, held back, which says little"
+    else:
+        weak = "are compared on the very samples they were fitted to, as none could be held back"
+    warnings.warn(
+        f"there are {samples} calibration samples, so candidates {weak}; give at least "
+        f"{FEWEST_HELD * Divider.EVERY}, better some dozens",
+        OctavoWarning,
+        stacklevel=2,
+    )
+
+
 def _search(
     model: ir.Model,
     placement: Placement,
@@ -194,13 +214,6 @@ def _search(
     progress: Progress,
 ) -> tuple[Candidate, tuple[Trial, ...]]:
     held = divider.held.batches() if divider.held.samples else divider.kept.batches()
-    if options.searches and not divider.held.samples:
-        warnings.warn(
-            f"{len(divider.kept.samples)} calibration samples are too few to hold any back, so "
-            "candidates are compared on the samples they were fitted to; give at least 4",
-            OctavoWarning,
-            stacklevel=2,
-        )
     auto = options.observer == "auto"
     search = Search(
         model,

@@ -54,6 +54,12 @@ class Reservoir:
         self.samples[place : place + 1] = [copy]
         return dropped
 
+    @property
+    def size(self) -> int:
+        """How many samples are kept, each row of a batch of fixed size counted."""
+        rows = ([a.shape[0] for a in sample.values() if a.ndim] for sample in self.samples)
+        return sum(max(sizes, default=1) for sizes in rows)
+
     def batches(self) -> list[Feeds]:
         """The kept samples as one batch, or one by one where they cannot be joined."""
         shapes = {tuple((n, a.shape) for n, a in sample.items()) for sample in self.samples}

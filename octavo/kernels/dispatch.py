@@ -20,7 +20,17 @@ import torch
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import contest
 
-__all__ = ["Body", "Decision", "explain", "is_plain_call", "select", "use_backend", "why_not_triton"]
+__all__ = [
+    "Body",
+    "Decision",
+    "asked_backend",
+    "explain",
+    "is_plain_call",
+    "note",
+    "select",
+    "use_backend",
+    "why_not_triton",
+]
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def select(
         UnsupportedError: the body asked for cannot run these arguments; says why.
     """
     if backend == "auto":
-        backend = _asked.get()
+        backend = asked_backend()
     if backend != "auto":
         return _named(operator, bodies, backend, arguments)
     if device is None or bucket is None or device.type != "cuda":
@@ -131,6 +141,11 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
+
+
+def asked_backend() -> str:
+    """The backend of calls that name none; see `use_backend`."""
+    return _asked.get()
 
 
 def _named(operator: str, bodies: Sequence[Body], backend: str, arguments: Sequence[Any]) -> Body:
@@ -185,6 +200,16 @@ def explain(operator: str) -> Decision:
     if operator not in _last:
         raise InputError(f"{operator!r} has not run in this process; known: {sorted(_last)}")
     return _last[operator]
+
+
+def note(operator: str, body: str) -> None:
+    """Tells `explain` of a body that a caller ran by itself, without `select`."""
+    _last[operator] = _unchosen(operator, body)
+
+
+@functools.cache
+def _unchosen(operator: str, body: str) -> Decision:
+    return Decision(operator, body)
 
 
 def is_plain_call(*tensors: torch.Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from octavo.core.errors import InputError
 from octavo.kernels import dynamic_quantize, fold_zero_point, int8_gemm, static_quantize
+from octavo.layers import linear_cpu
 from octavo.layers.module import QuantizedModule
 from octavo.quant import PerChannel, choose_qparams, quantize
 
@@ -151,6 +152,11 @@ class Int8Linear(QuantizedModule):
 
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
+        plain = rows is None and self.smooth is None and self.input_scale is None
+        if plain and linear_cpu.applies(x, self.weight, self.weight_scale, self.bias):
+            return linear_cpu.dynamic_linear(
+                x, self.weight, self.weight_scale, self.bias, self.activation
+            )
         if self.input_scale is None:
             codes, scale = dynamic_quantize(x, smooth=self.smooth)
         else:

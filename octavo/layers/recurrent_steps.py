@@ -270,5 +270,5 @@ def _input_product(inputs: Inputs, span: slice, gates: torch.Tensor, sums: torch
         part = torch._int_mm(
             codes.reshape(steps * rows, -1), weight.T, out=sums[: steps * rows]
         ).view(steps, rows, width)
-        torch.mul(part, scale.unsqueeze(-1), out=out)
-        torch.addcmul(bias, out, by, out=out)
+        scaled = part.view(torch.float32).copy_(part).mul_(scale.unsqueeze(-1))
+        torch.addcmul(bias, scaled, by, out=out)

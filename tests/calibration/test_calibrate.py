@@ -233,6 +233,7 @@ def test_excluded_layers_are_in_no_table() -> None:
     assert set(table.weights) == {"w0", "w"}
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("observer", ["auto", "mse"])
 def test_models_of_a_fixed_batch(size: int, observer: str) -> None:
@@ -244,6 +245,7 @@ def test_models_of_a_fixed_batch(size: int, observer: str) -> None:
         calibrate_graph(graph(size), data(1, size + 1), options)
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_several_inputs_one_of_them_without_a_batch() -> None:
     net = Net(x=["n", 8], scale=[1])
     y = net.op("Mul", net.op("MatMul", "x", net.weight("w", 8, 8)), "scale")
@@ -258,16 +260,24 @@ def test_several_inputs_one_of_them_without_a_batch() -> None:
     assert calibrate_graph(model, batches, MINMAX).tensors["x"].count == 8 * 32
 
 
-def test_a_single_sample_is_too_few_to_compare() -> None:
-    with pytest.warns(OctavoWarning, match=r"1 calibration samples are too few .* give at least 4"):
-        table = calibrate_graph(graph(), data(1, 1))
-    assert table.samples == 1
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (1, r"1 calibration samples.* the very samples they were fitted to.* at least 16"),
+        (12, r"12 calibration samples.* compared on 3 of them.* at least 16"),
+    ],
+)
+def test_few_samples_are_too_few_to_compare(samples: int, message: str) -> None:
+    with pytest.warns(OctavoWarning, match=message):
+        table = calibrate_graph(graph(), data(1, samples))
+    assert table.samples == samples
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrate_graph(graph(), data(1, 1), MINMAX)
-        calibrate_graph(graph(), data(1, 4))
+        calibrate_graph(graph(), data(1, samples), MINMAX)
+        calibrate_graph(graph(), data(1, 16))
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_held_back_samples_are_not_calibrated_on() -> None:
     samples = np.zeros((8, 3, 8, 8), np.float32)
     samples[:] = np.random.default_rng(0).normal(size=samples.shape)

@@ -178,6 +178,7 @@ def test_outputs_of_changing_shape_are_judged_too() -> None:
     assert np.isfinite([trial.sqnr_db for trial in table.trials]).all()
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_a_model_without_a_float_output_cannot_be_judged() -> None:
     net = Net(x=["n", 8])
     net.outputs = [onnx.helper.make_tensor_value_info("top", onnx.TensorProto.INT64, None)]

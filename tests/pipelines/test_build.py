@@ -121,6 +121,7 @@ def test_a_generator_is_read_to_its_end(net: Net) -> None:
         assert calibrate(model, batches(), observer="minmax", verbose=False).samples == 12
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_data_and_tables_may_be_files(tmp_path: Path) -> None:
     np.save(tmp_path / "data.npy", X)
     from_data = quick(calibration=tmp_path / "data.npy")
@@ -136,6 +137,7 @@ def test_data_and_tables_may_be_files(tmp_path: Path) -> None:
     assert {entry.dtype for entry in chosen.tensors.values()} == {"uint8"}, "as ONNX Runtime likes"
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_the_table_of_an_engine_builds_it_again() -> None:
     engine = quick(calibration=[X])
     table = CalibrationTable.loads(engine.artifact.members["table.json"])
@@ -181,6 +183,7 @@ def test_a_table_collected_with_hooks_builds_an_engine() -> None:
         quick(other, calibration=table, example_inputs=torch.as_tensor(X[:2]))
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_a_module_is_exported_and_calibrated_with_the_same_batches(net: Net) -> None:
     assert quick(net, calibration=iter([X[:6], X[6:]])).layers().counts()["int8"] >= 2
 
@@ -193,6 +196,7 @@ def test_an_engine_is_saved_where_asked(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded(X), engine(X))
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_verbose_prints_the_comparison_and_quiet_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     calibrate(cnn(), [X], verbose=False)
     assert capfd.readouterr() == ("", "")
@@ -404,6 +408,7 @@ def _count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return builds
 
 
+@pytest.mark.filterwarnings("ignore:there are .* calibration samples")
 def test_the_cache_serves_engines_calibrated_on_the_same_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

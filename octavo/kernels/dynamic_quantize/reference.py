@@ -13,7 +13,7 @@ import torch
 from octavo.kernels.dynamic_quantize.prologue import Prologue
 from octavo.kernels.rounding import QMAX, scale_of_peak, to_int8
 
-__all__ = ["add_dynamic_quantize", "dynamic_quantize"]
+__all__ = ["add_dynamic_quantize", "dynamic_quantize", "quantize_rows"]
 
 SMALLEST_PEAK = torch.finfo(torch.float32).tiny * QMAX
 CHUNK = 1 << 19
@@ -39,6 +39,23 @@ def add_dynamic_quantize(
     """See `schema.add_dynamic_quantize`."""
     total = (x.detach().float() + residual.detach().float()).to(residual.dtype).contiguous()
     return *dynamic_quantize(total, prologue, per_token), total
+
+
+def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `dynamic_quantize` does per token, on a CPU and without checks.
+
+    Args:
+        rows: float32 [R, K], neither of them 0.
+
+    Returns:
+        codes int8 [R, K], contiguous, and scales float32 [R, 1].
+    """
+    peak = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
+    if not _codes_fit(peak):
+        scale = scale_of_peak(peak)
+        return to_int8(rows, scale).contiguous(), scale
+    scale = peak.div_(QMAX)
+    return _quantize_in_chunks(rows, scale), scale
 
 
 def _peak(values: torch.Tensor, per_token: bool) -> torch.Tensor:
@@ -68,20 +85,36 @@ _kept = threading.local()
 
 
 def _quantize_in_chunks(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 [..., K] of values [..., K] that fit."""
+    """int8 [..., K] of values [..., K] that fit.
+
+    Adding 1.5 * 2**23 to a ratio rounds it half to even, and leaves its code in the lowest byte of
+    the sum's bits.
+    """
     k = values.shape[-1]
     rows = values.reshape(-1, k)
-    divisor = scale.reshape(-1, 1) if scale.ndim else scale
-    codes = torch.empty(values.shape, dtype=torch.int8)
-    flat, step = codes.view(-1, k), max(1, CHUNK // k)
-    room = min(step, len(rows)) * k
-    scratch = getattr(_kept, "scratch", None)
-    if scratch is None or scratch.numel() < room:
-        with torch.inference_mode(False):  # a tensor made in it cannot be written to outside
-            scratch = _kept.scratch = torch.empty(room)
+    by = scale.reshape(-1, 1) if scale.ndim else scale
+    step = max(1, CHUNK // k)
+    shift, scratch = _memory(k, min(step, len(rows)) * k)
+    if len(rows) <= step:
+        sums = scratch[: rows.numel()].view(rows.shape)
+        codes = torch.addcdiv(shift, rows, by, out=sums).view(torch.int32).to(torch.int8)
+        return codes.view(values.shape)
+    codes = torch.empty(rows.shape, dtype=torch.int8)
     for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        ratio = scratch[: part.numel()].view(part.shape)
-        by = divisor[start : start + step] if divisor.ndim else divisor
-        flat[start : start + step] = torch.div(part, by, out=ratio).round_()
-    return codes
+        end = start + step
+        part, divisor = rows[start:end], by[start:end] if scale.ndim else by
+        sums = scratch[: part.numel()].view(part.shape)
+        codes[start:end] = torch.addcdiv(shift, part, divisor, out=sums).view(torch.int32)
+    return codes.view(values.shape)
+
+
+def _memory(k: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """1.5 * 2**23 in a row [K], and at least so much float32 to write to; both kept."""
+    shift, scratch = getattr(_kept, "memory", (None, None))
+    if shift is None or scratch is None or len(shift) < k or scratch.numel() < room:
+        with torch.inference_mode(False):  # a tensor made in it cannot be written to outside
+            # a row and not a number: two operands that repeat would not be vectorized
+            shift = torch.full((max(k, 0 if shift is None else len(shift)),), 1.5 * 2**23)
+            scratch = torch.empty(max(room, 0 if scratch is None else scratch.numel()))
+        _kept.memory = shift, scratch
+    return shift[:k], scratch

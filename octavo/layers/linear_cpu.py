@@ -1,0 +1,64 @@
+"""A dynamic INT8 Linear on a CPU in eager mode, from float rows to float rows.
+
+The two operators in one function: their checks and their choice of a body take as long as the
+arithmetic of a small layer, and a layer knows that its own buffers fit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.kernels.dispatch import asked_backend, is_plain_call, note
+from octavo.kernels.dynamic_quantize.reference import quantize_rows
+from octavo.kernels.int8_gemm import int_mm
+
+__all__ = ["applies", "dynamic_linear"]
+
+
+def applies(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether `dynamic_linear` can take these: float32 rows [..., K] that nobody looks into.
+
+    Args:
+        x: of a layer.
+        weight: int8 [N, K].
+        *others: the layer's scales and bias.
+    """
+    return (
+        is_plain_call(x, weight, *others)
+        and x.dtype == torch.float32
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and x.device == weight.device
+        and x.device.type == "cpu"
+        and asked_backend() == "auto"
+        and not torch.is_autocast_enabled("cpu")
+        and not int_mm.why_not(x, weight)
+    )
+
+
+def dynamic_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """activation(x @ W.T + b), x quantized with a scale a token.
+
+    Args:
+        x: float32 [..., K].
+        weight: int8 [N, K].
+        weight_scale: float32 [N].
+        bias: floating [N].
+        activation: as in `octavo.kernels.int8_gemm`.
+
+    Returns:
+        float32 [..., N].
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    codes, scale = quantize_rows(rows)
+    sums = torch._int_mm(codes, weight.T)
+    y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
+    note("dynamic_quantize", "reference")
+    note("int8_gemm", "int_mm")
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +166,25 @@ def _is_opaque_convolution(module: nn.Module) -> bool:
     return False
 
 
+class _Proxy(fx.Proxy):
+    """Writes down that x += y changes x, which fx's own takes for x = x + y."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._written(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._written(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._written(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._written(operator.itruediv, other)
+
+    def _written(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Looks into all but torch's own modules and some others."""
 
@@ -179,6 +199,10 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.Conv2d) and type(m).forward is not nn.Conv2d.forward:
             return False
         return super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for a value while the model's code runs."""
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self,

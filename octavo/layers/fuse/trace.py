@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from octavo.core.fusions import FuseSummary
@@ -138,7 +139,8 @@ def _export_for_any_batch(
     given = program.graph_signature.user_inputs
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     inputs = [node.meta["val"] for node in nodes if node.name in given]
-    fixed = [x for x in inputs if isinstance(x, torch.Tensor) and isinstance(x.shape[0], int)]
+    batched = [x for x in inputs if isinstance(x, torch.Tensor) and x.ndim]
+    fixed = [x for x in batched if is_concrete_int(x.shape[0])]
     return None if fixed else program
 
 

@@ -26,13 +26,13 @@ def static_variants() -> Iterator[Variant]:
     from octavo.kernels.depthwise_conv2d.tiles import candidates, config
 
     for kernel in (3, 5, 7):
-        yield _variant("56x56x128", kernel, config(56, 56, 128, 2))
-        yield _variant("56x56x128", kernel, config(56, 56, 128, 1), x="i8", out="i8")
-    yield _variant("7x7x1024", 3, config(7, 7, 1024, 2), stride=2)
-    yield _variant("14x14x512", 3, config(14, 14, 512, 1), stride=2, x="i8", out="i8")
-    yield _variant("56x56x128", 3, config(56, 56, 128, 4), x="fp32", out="fp32")
+        yield _variant("56x56x128", kernel, config(32, 56, 56, 128, 2))
+        yield _variant("56x56x128", kernel, config(32, 56, 56, 128, 1), x="i8", out="i8")
+    yield _variant("7x7x1024", 3, config(32, 7, 7, 1024, 2), stride=2)
+    yield _variant("14x14x512", 3, config(32, 14, 14, 512, 1), stride=2, x="i8", out="i8")
+    yield _variant("56x56x128", 3, config(32, 56, 56, 128, 4), x="fp32", out="fp32")
     for x in ("fp16", "i8"):
-        offered = list(candidates(56, 56, 128, BYTES[x]))
+        offered = list(candidates(32, 56, 56, 128, BYTES[x]))
         for tiles in offered[:: max(1, len(offered) // 6)]:
             yield _variant("candidate", 7, tiles, x=x, out=x, architectures=UNLIKE)
 

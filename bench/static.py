@@ -28,6 +28,7 @@ OPERATORS = (
     "depthwise_conv2d",
     "depthwise_separable_conv2d",
     "dynamic_quantize",
+    "int8_conv2d",
     "int8_gemm",
     "static_quantize",
     "weight_only_gemm",

@@ -17,7 +17,7 @@ def static_variants() -> Iterator[Variant]:
             f"static_quantize: bf16, a scale a {'channel' if channel else 'tensor'}",
             "octavo.kernels.static_quantize.triton",
             "_kernel",
-            {**pointers, "size": "i32", "K": "i32"},
+            {**pointers, "size": "i32", "K": "i32", "zero_point": "i32"},
             {"CHANNEL": channel, "BLOCK": BLOCK},
             (*pointers, "size", "K"),
             {"num_warps": 8},

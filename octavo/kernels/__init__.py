@@ -13,9 +13,11 @@ from octavo.kernels.dynamic_quantize.schema import (
     add_dynamic_quantize,
     dynamic_quantize,
 )
+from octavo.kernels.int8_conv2d.schema import int8_conv2d
 from octavo.kernels.int8_gemm.schema import int8_gemm
 from octavo.kernels.static_quantize.schema import static_quantize
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
+from octavo.kernels.zero_points import fold_zero_point
 
 __all__ = [
     "LayerNorm",
@@ -26,6 +28,8 @@ __all__ = [
     "depthwise_separable_conv2d",
     "dynamic_quantize",
     "explain",
+    "fold_zero_point",
+    "int8_conv2d",
     "int8_gemm",
     "static_quantize",
     "weight_only_gemm",

@@ -22,7 +22,15 @@ __all__ = [
     "parse_shape",
 ]
 
-OPERATORS = ("int8_gemm", "dynamic_quantize", "weight_only_gemm", "static_quantize")
+OPERATORS = (
+    "int8_gemm",
+    "dynamic_quantize",
+    "weight_only_gemm",
+    "static_quantize",
+    "int8_conv2d",
+    "depthwise_conv2d",
+    "depthwise_separable_conv2d",
+)
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
 COMPARED_ROWS = 256
 """Rows of a large result that are checked, spread over all of it."""

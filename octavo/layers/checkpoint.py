@@ -18,6 +18,7 @@ from octavo.core.errors import ArtifactError, InputError
 from octavo.core.files import atomic_write
 from octavo.core.version import __version__
 from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
+from octavo.layers.conv import Int8Conv2d
 from octavo.layers.linear import Int8Linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
@@ -29,7 +30,7 @@ __all__ = ["load_quantized", "save_quantized"]
 
 SCHEMA = 1
 KINDS: Mapping[str, type[QuantizedModule]] = {
-    kind.__name__: kind for kind in (Int8GRU, Int8LSTM, Int8Linear, WeightOnlyLinear)
+    kind.__name__: kind for kind in (Int8Conv2d, Int8GRU, Int8LSTM, Int8Linear, WeightOnlyLinear)
 }
 
 
@@ -222,7 +223,7 @@ def _empty_layer(name: str, config: Mapping[str, Any], old: nn.Module) -> Quanti
         raise ArtifactError(f"the settings of layer {name!r} are damaged: {error}") from error
     for setting, value in settings.items():
         mine = getattr(old, setting, value)
-        if isinstance(mine, (int, str)) and mine != value:
+        if isinstance(mine, (int, str)) and type(mine) is type(value) and mine != value:
             raise ArtifactError(
                 f"layer {name!r} has {setting} {value} in the file and {mine} in the model; "
                 "the file belongs to another architecture"

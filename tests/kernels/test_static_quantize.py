@@ -31,18 +31,24 @@ def with_ends(shape: tuple[int, ...]) -> torch.Tensor:
 
 @every_backend
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("zero_point", [0, -128, 127, 5])
 def test_equal_to_its_definition(
-    shape: tuple[int, ...], backend: str, device: torch.device
+    shape: tuple[int, ...], zero_point: int, backend: str, device: torch.device
 ) -> None:
     x, scale = with_ends(shape), np.float32(0.02)
-    expected = np.clip(np.rint(x.numpy() / scale), -128, 127).astype(np.int8)
-    found = static_quantize(x.to(device), torch.tensor(scale, device=device), backend=backend)
+    expected = np.clip(np.rint(x.numpy() / scale) + zero_point, -128, 127).astype(np.int8)
+    found = static_quantize(
+        x.to(device), torch.tensor(scale, device=device), zero_point=zero_point, backend=backend
+    )
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
 @every_backend
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equal_to_onnx_runtime(shape: tuple[int, ...], backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("zero_point", [0, -7])
+def test_equal_to_onnx_runtime(
+    shape: tuple[int, ...], zero_point: int, backend: str, device: torch.device
+) -> None:
     onnx: Any = pytest.importorskip("onnx")
     onnxruntime: Any = pytest.importorskip("onnxruntime")
     helper, kinds = onnx.helper, onnx.TensorProto
@@ -54,14 +60,14 @@ def test_equal_to_onnx_runtime(shape: tuple[int, ...], backend: str, device: tor
         [helper.make_tensor_value_info("y", kinds.INT8, shape)],
         [
             helper.make_tensor("s", kinds.FLOAT, [], [float(scale)]),
-            helper.make_tensor("z", kinds.INT8, [], [0]),
+            helper.make_tensor("z", kinds.INT8, [], [zero_point]),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString())
     expected = session.run(None, {"x": x.numpy()})[0]
-    found = static_quantize(x.to(device), scale.to(device), backend=backend)
+    found = static_quantize(x.to(device), scale.to(device), zero_point=zero_point, backend=backend)
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
@@ -80,16 +86,26 @@ def test_a_scale_a_channel_and_any_strides(
 
 
 @every_backend
-def test_nan_gives_the_smallest_code(backend: str, device: torch.device) -> None:
-    x = torch.tensor([[torch.nan, 1.0]], device=device)
-    assert static_quantize(x, torch.tensor(1.0, device=device), backend=backend).tolist() == [
-        [-128, 1]
-    ]
+@pytest.mark.parametrize("zero_point", [0, 100])
+def test_nan_gives_the_smallest_code(zero_point: int, backend: str, device: torch.device) -> None:
+    x, scale = torch.tensor([[torch.nan, 1.0]], device=device), torch.tensor(1.0, device=device)
+    found = static_quantize(x, scale, zero_point=zero_point, backend=backend)
+    assert found.tolist() == [[-128, 1 + zero_point]]
+
+
+@every_backend
+def test_images_keep_their_channels_last(backend: str, device: torch.device) -> None:
+    x, scale = values(2, 5, 3, 4).to(device), torch.tensor(0.1, device=device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    found, expected = (static_quantize(one, scale, backend=backend) for one in (last, x))
+    assert found.stride() == last.stride()
+    assert expected.is_contiguous()
+    assert torch.equal(found, expected)
 
 
 def test_the_operator_is_sound(device: torch.device) -> None:
     scale = torch.tensor(0.1, device=device)
-    arguments = (values(3, 4).to(device), scale, "reference")
+    arguments = (values(3, 4).to(device), scale, 3, "reference")
     torch.library.opcheck(torch.ops.octavo.static_quantize, arguments)
 
 
@@ -106,3 +122,8 @@ def test_the_operator_is_sound(device: torch.device) -> None:
 def test_what_is_refused(x: torch.Tensor, scale: torch.Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         static_quantize(x, scale)
+
+
+def test_a_zero_point_is_a_code() -> None:
+    with pytest.raises(InputError, match="zero_point is 200; an int8 code is from -128 to 127"):
+        static_quantize(torch.ones(2), torch.tensor(1.0), zero_point=200)

@@ -12,19 +12,22 @@ __all__ = ["candidates", "config", "loaded_pixels", "power_of_two", "spread"]
 
 Tiles = dict[str, int]
 
-LINE = 128
-"""Bytes of a pixel that a program reads at once: a line of the cache."""
+LINE = 64
+"""Bytes of a pixel that a program reads at once: two sectors of the cache."""
 VALUES = 16
 """Sums that a thread keeps."""
+ENOUGH = 256
+"""Programs that keep a large card busy."""
 
 
-def config(out_h: int, out_w: int, channels: int, size: int) -> Tiles:
+def config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Tiles:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
-    A line of the cache of each pixel, and as square a tile of pixels as the image allows, so that
-    few pixels around it are read again by its neighbours.
+    Few bytes of many pixels, in as square a tile as the image allows, so that few pixels around
+    it are read again by its neighbours; smaller tiles where there would be few programs.
 
     Args:
+        batch: images.
         out_h: height of the result.
         out_w: its width.
         channels: of an image.
@@ -34,15 +37,19 @@ def config(out_h: int, out_w: int, channels: int, size: int) -> Tiles:
         BLOCK_H, BLOCK_W, BLOCK_C, ROW (whether the taps of a row are loaded at once), num_warps,
         num_stages.
     """
-    return _tiles(out_h, out_w, min(power_of_two(channels), LINE // size), VALUES, 4)
+    for warps in (8, 4, 2):
+        tiles = _tiles(out_h, out_w, min(power_of_two(channels), LINE // size), warps, 1)
+        if batch * _programs(tiles, out_h, out_w, channels) >= ENOUGH:
+            break
+    return tiles
 
 
-def candidates(out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
+def candidates(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
-    found = []
-    for line, values, warps in itertools.product((LINE, LINE // 2, 2 * LINE), (8, 16, 32), (4, 8)):
+    found = [config(batch, out_h, out_w, channels, size)]
+    for line, warps, row in itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), (1, 0)):
         block = min(power_of_two(channels), line // size)
-        tiles = _tiles(out_h, out_w, block, values, warps)
+        tiles = _tiles(out_h, out_w, block, warps, row)
         if tiles not in found:
             found.append(tiles)
             yield tiles
@@ -77,19 +84,25 @@ def loaded_pixels(window: Window, out_h: int, out_w: int, tiles: Mapping[str, in
     return total
 
 
+def _programs(tiles: Mapping[str, int], out_h: int, out_w: int, channels: int) -> int:
+    """Programs for one image."""
+    sizes = (("BLOCK_H", out_h), ("BLOCK_W", out_w), ("BLOCK_C", channels))
+    return math.prod(math.ceil(size / tiles[name]) for name, size in sizes)
+
+
 def power_of_two(size: int) -> int:
     """The next power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 
-def _tiles(out_h: int, out_w: int, block: int, values: int, warps: int) -> Tiles:
-    pixels = 32 * warps * values // block
+def _tiles(out_h: int, out_w: int, block: int, warps: int, row: int) -> Tiles:
+    pixels = 32 * warps * VALUES // block
     height, width = spread(out_h, out_w, min(pixels, power_of_two(out_h) * power_of_two(out_w)))
     return {
         "BLOCK_H": height,
         "BLOCK_W": width,
         "BLOCK_C": block,
-        "ROW": 1,
+        "ROW": row,
         "num_warps": warps,
         "num_stages": 1,
     }

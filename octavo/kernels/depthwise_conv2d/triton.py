@@ -65,10 +65,10 @@ def _choose(
 ) -> Mapping[str, int]:
     """The tuned tiles, or those of the rule."""
     batch, channels, height, width = out.shape
-    shape = (height, width, channels, x.element_size())
+    shape = (size_bucket(batch), height, width, channels, x.element_size())
     (kh, kw), (down, across) = c.window.kernel, c.window.stride
     key = (
-        f"{size_bucket(batch)}x{height}x{width}x{channels} {kh}x{kw} by {down}x{across} "
+        f"{shape[0]}x{height}x{width}x{channels} {kh}x{kw} by {down}x{across} "
         f"{x.element_size()} {out.element_size()} {c.epilogue.activation}"
     )
 

@@ -76,9 +76,9 @@ def int8_gemm(
     tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
     # a compiler computes a costly activation anew for each reader, such as the two passes of the
     # quantization that follows; called whole it is computed once
-    if is_inlined(x_q, backend) and activation in ("none", "relu", "relu6"):
-        if not int_mm.why_not(x_q, w_q):
-            return int_mm.int8_gemm(x_q, w_q, epilogue)
+    simple = activation in ("none", "relu", "relu6")
+    if is_inlined(x_q, backend) and simple and not int_mm.why_not(x_q, w_q):
+        return int_mm.int8_gemm(x_q, w_q, epilogue)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
     result: torch.Tensor = call(
         *tensors, activation, out_dtype, out_zero_point, residual_zero_point, backend
@@ -136,12 +136,12 @@ def check_epilogue(
             "int32 output is the accumulators alone; leave scales, bias, activation and residual "
             "out"
         )
-    scales = (e.scale_x, e.scale_w)
-    if x_q.is_floating_point() and (raw or scales != (None, None)):
+    given = [one is not None for one in (e.scale_x, e.scale_w)]
+    if x_q.is_floating_point() and (raw or any(given)):
         raise InputError(
             f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
         )
-    if not (raw or x_q.is_floating_point()) and None in scales:
+    if not (raw or x_q.is_floating_point() or all(given)):
         raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
     if (e.out_scale is not None) != (e.out_dtype == torch.int8):
         raise InputError("out_scale belongs to int8 output; give both or neither")

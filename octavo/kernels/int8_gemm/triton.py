@@ -16,7 +16,7 @@ from octavo.kernels.int8_gemm.triton_persistent import persistent_kernel
 from octavo.kernels.int8_gemm.triton_tiles import tiles_kernel
 from octavo.kernels.tuning import best
 
-__all__ = ["end_arguments", "end_constants", "int8_gemm", "is_heavy"]
+__all__ = ["device_facts", "end_arguments", "end_constants", "int8_gemm", "is_heavy"]
 
 LIGHT = ("none", "relu", "relu6")
 
@@ -54,7 +54,7 @@ def _choose(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue) ->
     """The tuned tiles, or those of the rule."""
     (m, k), n = x.shape, w.shape[0]
     heavy = is_heavy(e)
-    capability, processors = _device(x.device)
+    capability, processors = device_facts(x.device)
     m = bucket(m)
     rule = _rule(m, n, k, heavy, capability, processors)
     key = f"{m}x{n}x{k} {out.element_size()} {'heavy' if heavy else 'light'}"
@@ -83,7 +83,7 @@ def _rule(
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+def device_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     """Capability and multiprocessors; under the interpreter none, and as few as a test needs."""
     if device.type != "cuda":
         return None, 4
@@ -93,7 +93,7 @@ def _device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
 
 def _has_tma(device: torch.device) -> bool:
     """Whether descriptors work there: from sm_90 on, and under the interpreter."""
-    capability = _device(device)[0]
+    capability = device_facts(device)[0]
     return capability is None or capability >= (9, 0)
 
 
@@ -131,7 +131,7 @@ def _launch(
         "num_stages": tiles["num_stages"],
     }
     if tiles.get("PERSISTENT") and _has_tma(x.device):
-        persistent_kernel[(min(count, _device(x.device)[1]),)](
+        persistent_kernel[(min(count, device_facts(x.device)[1]),)](
             TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, block_k]),
             TensorDescriptor(w, [n, k], [w.stride(0), 1], [block_n, block_k]),
             out, *extras, m, n, k, FLATTEN=bool(tiles.get("FLATTEN")), **constants,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from octavo.kernels.rounding import QMAX, QMIN, to_int8
@@ -9,11 +11,13 @@ from octavo.kernels.rounding import QMAX, QMIN, to_int8
 __all__ = ["static_quantize"]
 
 
-def static_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def static_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
     """See `schema.static_quantize`."""
     if torch.compiler.is_compiling():
-        return to_int8(x.detach().float(), scale)
+        return to_int8(x.detach().float(), scale, zero_point)
     ratio = x.detach().float() / scale
     # NaN does not survive the conversion in a defined way; all of it in place, which is faster
-    codes = ratio.round_().nan_to_num_(nan=QMIN).clamp_(QMIN, QMAX).to(torch.int8)
-    return codes.contiguous()
+    ratio = ratio.round_().nan_to_num_(nan=-math.inf)
+    if zero_point:
+        ratio.add_(zero_point)
+    return ratio.clamp_(QMIN, QMAX).to(torch.int8).contiguous()

@@ -1,0 +1,1 @@
+"""INT8 convolution with its scales, bias, activation and residual in one kernel."""

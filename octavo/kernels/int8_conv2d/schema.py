@@ -1,0 +1,246 @@
+"""octavo::int8_conv2d: y = activation(conv2d(x_q, w_q) * scales + bias) + residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from octavo.core.errors import InputError
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.depthwise_conv2d.schema import check_zero_point
+from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.int8_conv2d import int_mm, onednn, reference
+from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.int8_gemm.schema import MAX_K, check_epilogue
+from octavo.kernels.window import Padding, Pair, Window, make_window
+
+__all__ = ["int8_conv2d"]
+
+
+def int8_conv2d(
+    x_q: torch.Tensor,
+    w_q: torch.Tensor,
+    scale_x: torch.Tensor | None = None,
+    scale_w: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    zero_point: int = 0,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_scale: torch.Tensor | None = None,
+    residual_zero_point: int = 0,
+    out_dtype: torch.dtype = torch.float16,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: int = 0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Convolves images of int8 codes.
+
+    Accumulators are int32 and exact: acc = sum(x_q * w_q), where padding holds the code
+    `zero_point`. The rest is float32: y = acc * (scale_x * scale_w) + bias, then the activation,
+    then the residual, then one rounding to `out_dtype`.
+
+    Codes with a zero point stand for (q - zero_point) * scale_x. The constant that this adds to
+    every sum, -zero_point * sum(w_q) * scale_x * scale_w, belongs into `bias`; see
+    `octavo.kernels.fold_zero_point`.
+
+    Args:
+        x_q: activations, int8 [B, C, H, W]; any strides, fastest in channels_last.
+        w_q: weights, int8 [N, C / groups, kh, kw]; fastest in channels_last.
+        scale_x: float32 [].
+        scale_w: float32 [] or, a scale an output channel, [N].
+        bias: floating [N].
+        stride: a number for both directions, or (vertical, horizontal).
+        padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same" as in
+            `octavo.kernels.window.make_window`.
+        dilation: a number for both directions, or (vertical, horizontal).
+        groups: into which the channels of x and of the result are split.
+        zero_point: the code of 0.0 in x_q.
+        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".
+        residual: added after the activation [B, N, H', W']; floating, or int8 codes.
+        residual_scale: float32 [], for a residual of codes.
+        residual_zero_point: of a residual of codes.
+        out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
+            accumulators alone, which take no scales, bias, activation or residual.
+        out_scale: float32 [], for int8 output.
+        out_zero_point: the code of 0.0 in int8 output.
+        backend: "auto", "triton", "onednn" (on CPUs), "int_mm" (torch._int_mm and the epilogue in
+            torch) or "reference"; one that is named runs or is refused. On a GPU "auto" measures
+            those that can run, once for each shape bucket, and keeps the fastest; see
+            `octavo.kernels.explain`.
+
+    Returns:
+        [B, N, H', W'] of `out_dtype`, channels_last.
+
+    Raises:
+        InputError: a wrong dtype, shape or device, or so many products in a sum that int32 could
+            overflow.
+        UnsupportedError: the backend asked for cannot run this.
+    """
+    _check_codes(x_q, w_q, groups)
+    check_zero_point(x_q, zero_point)
+    window = make_window(w_q.shape[2:], x_q.shape[2:], stride, padding, dilation)
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
+        residual_scale, out_zero_point, residual_zero_point,
+    )  # fmt: skip
+    n = w_q.shape[0]
+    result = (x_q.shape[0], n, *window.out_size(*x_q.shape[2:]))
+    check_epilogue(epilogue, x_q, scales_x=[()], n=n, result=result)
+    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
+    call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_conv2d
+    found: torch.Tensor = call(
+        *tensors,
+        window.stride,
+        window.padding,
+        window.dilation,
+        zero_point,
+        activation,
+        out_dtype,
+        out_zero_point,
+        residual_zero_point,
+        backend,
+    )
+    return found
+
+
+def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor, groups: int) -> None:
+    for name, value in (("x_q", x_q), ("w_q", w_q)):
+        if value.dtype != torch.int8:
+            raise InputError(f"{name} is {value.dtype}; int8_conv2d takes int8 codes")
+    if x_q.ndim != 4 or w_q.ndim != 4:
+        raise InputError(
+            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit; they are [B, C, H, W] "
+            "and [N, C / groups, kh, kw]"
+        )
+    if groups < 1 or w_q.shape[0] % groups or x_q.shape[1] != w_q.shape[1] * groups:
+        raise InputError(
+            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit {groups} groups; w_q is "
+            "[N, C / groups, kh, kw], and groups divides N"
+        )
+    if 0 in x_q.shape[1:] or 0 in w_q.shape:
+        raise InputError(
+            f"x_q {list(x_q.shape)} or w_q {list(w_q.shape)} is empty; only the batch may be 0"
+        )
+    products = math.prod(w_q.shape[1:])
+    if products > MAX_K:
+        raise InputError(
+            f"w_q {list(w_q.shape)} makes sums of {products} products, and those of more than "
+            f"{MAX_K} can overflow int32; split the channels"
+        )
+    if w_q.device != x_q.device:
+        raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
+
+
+def _run(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    residual_scale: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    zero_point: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_zero_point: int,
+    residual_zero_point: int,
+    backend: str,
+) -> torch.Tensor:
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1)
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
+        residual_scale, out_zero_point, residual_zero_point,
+    )  # fmt: skip
+    c = Convolution(_window(w, stride, padding, dilation), zero_point, epilogue)
+    kind = _kind(x, w, c) if x.is_cuda else None
+    body = select("int8_conv2d", _BODIES, backend, x, w, c, device=x.device, bucket=kind)
+    result: torch.Tensor = body.run(x, w, c)
+    return result
+
+
+def _window(
+    w: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Window:
+    """The window again, from the lists that a registered operator takes."""
+    (kh, kw), (left, right, top, bottom) = w.shape[2:], padding
+    return Window(
+        (kh, kw), (stride[0], stride[1]), (left, right, top, bottom), (dilation[0], dilation[1])
+    )
+
+
+_operator = torch.library.custom_op(
+    "octavo::int8_conv2d",
+    _run,
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
+        "Tensor? out_scale, Tensor? residual_scale, SymInt[] stride, SymInt[] padding, "
+        "SymInt[] dilation, int zero_point, str activation, ScalarType out_dtype, "
+        "int out_zero_point, int residual_zero_point, str backend) -> Tensor"
+    ),
+)
+
+
+@_operator.register_fake
+def _fake(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    residual_scale: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    zero_point: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_zero_point: int,
+    residual_zero_point: int,
+    backend: str,
+) -> torch.Tensor:
+    high, wide = _window(w, stride, padding, dilation).out_size(*x.shape[2:])
+    return x.new_empty((x.shape[0], high, wide, w.shape[0]), dtype=out_dtype).permute(0, 3, 1, 2)
+
+
+def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
+    from octavo.kernels.int8_conv2d import triton
+
+    return triton.int8_conv2d(x, w, c)
+
+
+def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...]:
+    """What decides which body is the fastest."""
+    e, last = c.epilogue, torch.channels_last
+    return (
+        *x.shape,
+        *w.shape,
+        *c.window.stride,
+        *c.window.dilation,
+        str(e.out_dtype).removeprefix("torch."),
+        e.activation,
+        "alone" if e.residual is None else "residual" if e.residual_scale is None else "codes",
+        "last" if x.is_contiguous(memory_format=last) else "strided",
+    )
+
+
+_BODIES = (
+    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("onednn", onednn.why_not, onednn.int8_conv2d),
+    Body("int_mm", int_mm.why_not, int_mm.int8_conv2d),
+    Body("reference", lambda *_: "", reference.int8_conv2d, "last"),
+)

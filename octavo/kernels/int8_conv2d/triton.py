@@ -1,0 +1,124 @@
+"""Launches the Triton kernel: brings operands into its order, chooses tiles, fills arguments in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import triton
+from torch.nn import functional
+
+from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.int8_conv2d.reference import is_pointwise
+from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config, folds
+from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
+from octavo.kernels.int8_gemm import triton as gemm
+from octavo.kernels.int8_gemm.tiles import bucket, pieces
+from octavo.kernels.tuning import best
+
+__all__ = ["int8_conv2d"]
+
+
+def int8_conv2d(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    c: Convolution,
+    tiles: Mapping[str, int] | None = None,
+) -> torch.Tensor:
+    """See `schema.int8_conv2d`.
+
+    Args:
+        x: int8 [B, C, H, W].
+        w: int8 [N, C / groups, kh, kw].
+        c: window, zero point, and the epilogue, whose residual is [B, H', W', N].
+        tiles: fields of `tiles.config`, in its place, for tests.
+
+    Returns:
+        [B, N, H', W'], channels_last.
+    """
+    if is_pointwise(x, w, c) and tiles is None:
+        y = gemm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), c.epilogue)
+        return y.permute(0, 3, 1, 2)
+    high, wide = c.window.out_size(*x.shape[2:])
+    out = torch.empty(len(x), high, wide, len(w), dtype=c.epilogue.out_dtype, device=x.device)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            codes, weights = _channels_last(x, x.shape[1] // w.shape[1]), _channels_last(w, 1)
+            chosen = _choose(codes, weights, out, c) if tiles is None else tiles
+            _launch(codes, weights, out, c, chosen)
+    return out.permute(0, 3, 1, 2)
+
+
+def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, C, H, W] as [B, H, W, C]; not copied where it lies so.
+
+    Groups of many channels, not a multiple of 16, get zeros behind them, which add nothing to a
+    sum: without them a kernel would load every byte apart, for every tap anew.
+    """
+    last, each = x.permute(0, 2, 3, 1), x.shape[1] // groups
+    if folds(each) or not each % 16:
+        return last.contiguous()
+    parts = functional.pad(last.unflatten(-1, (groups, each)), (0, -each % 16))
+    return parts.flatten(-2)
+
+
+def _choose(
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, c: Convolution
+) -> Mapping[str, int]:
+    """The tuned tiles, or those of the rule."""
+    window, heavy, channels = c.window, gemm.is_heavy(c.epilogue), w.shape[-1]
+    groups = x.shape[-1] // channels
+    m, n = out.numel() // len(w), len(w) // groups
+    capability, processors = gemm.device_facts(x.device)
+    facts = Facts(bucket(m), n, channels, window.taps, groups, heavy, capability, processors)
+    key = (
+        f"{bucket(m)}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride "
+        f"{window.stride[0]} groups {groups} {_border(c)} {out.element_size()} "
+        f"{'heavy' if heavy else 'light'}"
+    )
+
+    def others() -> Iterator[Mapping[str, int]]:
+        return candidates(facts)
+
+    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+        result = torch.empty_like(out)
+        _launch(x, w, result, c, tiles)
+        return result
+
+    return best("int8_conv2d", key, x.device, config(facts), others, run)
+
+
+def _border(c: Convolution) -> str:
+    """How codes beyond an image are made: not at all, as zeros, or as other codes."""
+    if not any(c.window.padding):
+        return "none"
+    return "codes" if c.zero_point else "zeros"
+
+
+def _launch(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    c: Convolution,
+    tiles: Mapping[str, int],
+) -> None:
+    """Fills `out` [B, H', W', N], from `_channels_last` x and w; none is empty."""
+    window, e = c.window, c.epilogue
+    (_, high, wide, n), channels = out.shape, w.shape[-1]
+    groups = x.shape[-1] // channels
+    fold, border = folds(channels), _border(c)
+    m, each = out.numel() // n, n // groups
+    count = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(each, tiles["BLOCK_N"]) * groups
+    codes = x
+    if border == "codes" and not fold:
+        codes = x.new_full((channels,), c.zero_point)
+    conv_kernel[(count,)](
+        x, w, codes, out, *gemm.end_arguments(e, x),
+        c.zero_point, m, each, x.shape[1], x.shape[2], channels, high, wide, groups,
+        KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1],
+        STRIDE_H=window.stride[0], STRIDE_W=window.stride[1],
+        DILATION_H=window.dilation[0], DILATION_W=window.dilation[1],
+        TOP=window.padding[2], LEFT=window.padding[0], BORDER=border,
+        FOLD=fold, EVEN_C=channels % tiles["BLOCK_K"] == 0, PIECES=pieces(tiles),
+        **gemm.end_constants(e), **tiles,
+    )  # fmt: skip

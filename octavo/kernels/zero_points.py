@@ -1,0 +1,37 @@
+"""What a zero point of the activations adds to every sum of products, folded into the bias."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["fold_zero_point"]
+
+
+def fold_zero_point(
+    bias: torch.Tensor | None,
+    w_q: torch.Tensor,
+    scale_x: torch.Tensor,
+    scale_w: torch.Tensor,
+    zero_point: int,
+) -> torch.Tensor | None:
+    """The bias with which operators on codes compute with activations of a zero point.
+
+    sum((q - zero_point) * w) = sum(q * w) - zero_point * sum(w), and the second sum depends on
+    the output channel alone, wherever padding holds the code `zero_point` too.
+
+    Args:
+        bias: floating [N], or None.
+        w_q: weights, int8 [N, ...].
+        scale_x: float32 [].
+        scale_w: float32 [] or [N].
+        zero_point: of the activations.
+
+    Returns:
+        bias - zero_point * sum(w) * scale_x * scale_w, computed in float64, in float32 [N]; with a
+        zero point of 0 the bias as it is.
+    """
+    if not zero_point:
+        return bias
+    sums = w_q.flatten(1).sum(1, dtype=torch.int64).double()
+    folded = -zero_point * sums * scale_x.double() * scale_w.double()
+    return (folded if bias is None else folded + bias.double()).float()

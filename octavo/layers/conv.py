@@ -1,0 +1,286 @@
+"""nn.Conv2d in eight bits: int8 weights and calibrated activations, which may stay codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.core.errors import InputError
+from octavo.kernels import fold_zero_point, int8_conv2d, static_quantize
+from octavo.layers.linear import compute_dtype
+from octavo.layers.module import QuantizedModule
+from octavo.quant import PerChannel, PerTensor, QParams, choose_qparams, quantize
+
+__all__ = ["Int8Conv2d", "signed"]
+
+Numbers = int | Sequence[int]
+
+
+class Int8Conv2d(QuantizedModule):
+    """y = activation(conv2d(x, W) + b) + residual, with W and x in int8 and sums in int32.
+
+    Weights are symmetric with a scale an output channel. Activations have one calibrated scale and
+    zero point: x = (q - zero_point) * scale. Codes that a layer leaves, the next one takes.
+
+    Args:
+        in_channels: C.
+        out_channels: N.
+        kernel_size: a number or (vertical, horizontal).
+        stride: likewise.
+        padding: a number, (vertical, horizontal), (left, right, top, bottom) or "same"; see
+            `octavo.kernels.int8_conv2d`.
+        dilation: a number or (vertical, horizontal).
+        groups: into which channels are split.
+        bias: whether there is one; a zero point of x needs it.
+        activation: what follows, as in `octavo.kernels.int8_conv2d`.
+        zero_point: the code of 0.0 in x.
+        in_codes: whether x comes as codes, int8, and not as floats.
+        out_codes: whether the result is codes.
+        out_zero_point: the code of 0.0 in the result.
+        residual_codes: whether what is added comes as codes.
+        residual_zero_point: the code of 0.0 in them.
+        device: of the buffers.
+        dtype: of a float result where x comes as codes.
+
+    Attributes:
+        weight: int8 [N, C / groups, kh, kw], channels_last.
+        weight_scale: float32 [N].
+        bias: float32 [N], or None; what the zero point of x adds to sums is taken off.
+        input_scale: float32 [].
+        output_scale: float32 [], or None for a float result.
+        residual_scale: float32 [], or None where floats are added, or nothing.
+        like: [0] of the dtype of a float result where x comes as codes.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+    input_scale: torch.Tensor
+    output_scale: torch.Tensor | None
+    residual_scale: torch.Tensor | None
+    like: torch.Tensor
+    float32 = ("weight_scale", "bias", "input_scale", "output_scale", "residual_scale")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Numbers,
+        *,
+        stride: Numbers = 1,
+        padding: Numbers | str = 0,
+        dilation: Numbers = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str = "none",
+        zero_point: int = 0,
+        in_codes: bool = False,
+        out_codes: bool = False,
+        out_zero_point: int = 0,
+        residual_codes: bool = False,
+        residual_zero_point: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = _numbers(kernel_size), _numbers(stride)
+        self.padding = padding if isinstance(padding, str) else _numbers(padding)
+        self.dilation, self.activation = _numbers(dilation), activation
+        self.in_codes, self.zero_point = in_codes, zero_point
+        self.out_codes, self.out_zero_point = out_codes, out_zero_point
+        self.residual_codes, self.residual_zero_point = residual_codes, residual_zero_point
+        if zero_point and not bias:
+            raise InputError(f"zero_point is {zero_point} and needs a bias to fold into; make one")
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.ones(shape, dtype=torch.float32, device=device)
+
+        shape = (out_channels, in_channels // groups, *_pair(self.kernel_size))
+        weight = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("weight_scale", floats(out_channels))
+        self.register_buffer("input_scale", floats())
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.register_buffer("like", like, persistent=False)
+        # those that may be missing come last: torch.export counts them as if they were there
+        self.register_buffer("bias", floats(out_channels).zero_() if bias else None)
+        self.register_buffer("output_scale", floats() if out_codes else None)
+        self.register_buffer("residual_scale", floats() if residual_codes else None)
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d,
+        input_qparams: QParams,
+        output_qparams: QParams | None = None,
+        *,
+        activation: str = "none",
+        in_codes: bool = False,
+        residual_qparams: QParams | None = None,
+        padding: Numbers | str | None = None,
+    ) -> Int8Conv2d:
+        """Quantizes the weights of a float layer, which is not changed.
+
+        Args:
+            conv: weight [N, C / groups, kh, kw] and bias [N] of any float dtype.
+            input_qparams: of x; int8, or uint8, whose codes are shifted to int8.
+            output_qparams: of the result, after activation and residual; None for floats.
+            activation: what follows the layer.
+            in_codes: whether x comes as codes.
+            residual_qparams: of a residual that comes as codes.
+            padding: where the layer's own is not what it does: a subclass that pads by itself.
+
+        Raises:
+            InputError: weights or a bias that are not finite, another padding than zeros, a
+                subclass whose padding is not given, or parameters not of a whole tensor in 8 bits.
+        """
+        weight = conv.weight.detach().float()
+        bias = None if conv.bias is None else conv.bias.detach()
+        if bias is not None and not bool(bias.isfinite().all()):
+            raise InputError("the bias has values that are not finite; look at the float layer")
+        padding = _padding(conv) if padding is None else padding
+        scale, zero_point = signed(input_qparams)
+        _, out_zero_point = signed(output_qparams)
+        _, residual_zero_point = signed(residual_qparams)
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=bias is not None or zero_point != 0,
+            activation=activation,
+            zero_point=zero_point,
+            in_codes=in_codes,
+            out_codes=output_qparams is not None,
+            out_zero_point=out_zero_point,
+            residual_codes=residual_qparams is not None,
+            residual_zero_point=residual_zero_point,
+            device=weight.device,
+            dtype=conv.weight.dtype,
+        )
+        qparams = choose_qparams(weight, "int8", PerChannel(0))
+        layer.weight.copy_(quantize(weight, qparams))
+        layer.weight_scale.copy_(qparams.scale)
+        layer.input_scale.copy_(scale)
+        if output_qparams is not None and layer.output_scale is not None:
+            layer.output_scale.copy_(output_qparams.scale)
+        if residual_qparams is not None and layer.residual_scale is not None:
+            layer.residual_scale.copy_(residual_qparams.scale)
+        folded = fold_zero_point(
+            bias, layer.weight, layer.input_scale, layer.weight_scale, zero_point
+        )
+        if folded is not None and layer.bias is not None:
+            layer.bias.copy_(folded)
+        return layer.train(conv.training)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, C, H, W] to [B, N, H', W'], channels_last; a residual is added after the activation.
+
+        Raises:
+            InputError: floats where codes are due, or codes where floats are.
+        """
+        _check_kind("x", x, codes=self.in_codes)
+        if residual is not None:
+            _check_kind("residual", residual, codes=self.residual_codes)
+        codes = x
+        if not self.in_codes:
+            codes = static_quantize(x, self.input_scale, zero_point=self.zero_point)
+        out_dtype = torch.int8
+        if not self.out_codes:
+            out_dtype = compute_dtype(self.like if self.in_codes else x)
+        coded = residual is not None and self.residual_codes
+        return int8_conv2d(
+            codes,
+            self.weight,
+            self.input_scale,
+            self.weight_scale,
+            bias=self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            zero_point=self.zero_point,
+            activation=self.activation,
+            residual=residual,
+            residual_scale=self.residual_scale if coded else None,
+            residual_zero_point=self.residual_zero_point if coded else 0,
+            out_dtype=out_dtype,
+            out_scale=self.output_scale,
+            out_zero_point=self.out_zero_point,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """See `QuantizedModule`."""
+        return {**super().config(), "bias": self.bias is not None}
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        # what was assigned may lie in another order, which kernels would copy at every call
+        self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+
+    def extra_repr(self) -> str:
+        """Sizes, and what comes and goes as codes."""
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
+        kinds = {"in_codes": self.in_codes, "out_codes": self.out_codes}
+        text += "".join(f", {name}" for name, value in kinds.items() if value)
+        return text + (f", activation={self.activation}" if self.activation != "none" else "")
+
+
+def signed(qparams: QParams | None) -> tuple[torch.Tensor, int]:
+    """Scale and zero point of int8 codes; those of uint8 codes minus 128.
+
+    Args:
+        qparams: of a whole tensor, int8 or uint8; None for a scale of 1.
+
+    Raises:
+        InputError: of another type or granularity.
+    """
+    if qparams is None:
+        return torch.ones(()), 0
+    if not isinstance(qparams.granularity, PerTensor) or qparams.dtype.bits != 8:
+        raise InputError(
+            f"activations are {qparams.dtype.name} with {qparams.granularity}; a convolution takes "
+            "int8 or uint8 with one scale a tensor"
+        )
+    shift = 0 if qparams.dtype.symmetric else 128
+    return qparams.scale, int(qparams.zero_point) - shift
+
+
+def _padding(conv: nn.Conv2d) -> Numbers | str:
+    """What a layer pads, where it says so itself."""
+    if type(conv) is not nn.Conv2d:
+        raise InputError(
+            f"{type(conv).__name__} may pad in a way of its own; give its padding, or 0"
+        )
+    if conv.padding_mode != "zeros":
+        raise InputError(f"padding_mode is {conv.padding_mode!r}; only zeros have a code")
+    return 0 if conv.padding == "valid" else conv.padding
+
+
+def _check_kind(name: str, value: torch.Tensor, *, codes: bool) -> None:
+    if (value.dtype == torch.int8) != codes:
+        wanted = "int8 codes" if codes else "floats"
+        raise InputError(
+            f"{name} is {value.dtype}, and this layer takes {wanted}; make it from the float layer "
+            "with the form that comes"
+        )
+
+
+def _numbers(value: Numbers) -> Any:
+    """A number, or a tuple, also of a list that JSON held."""
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value

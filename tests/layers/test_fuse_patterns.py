@@ -187,16 +187,76 @@ def test_a_sum_that_is_written_where_others_read() -> None:
     assert "written into a tensor that others may read" in reason(summary, "conv")
 
 
-def test_an_input_that_is_overwritten_before_the_sum() -> None:
+def _before_the_sum(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = torch.sigmoid(x)
+    y = m.bn(m.conv(h))
+    h.mul_(2)
+    return y + h
+
+
+def _by_a_module(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = x * 1
+    y = m.bn(m.conv(h))
+    m.act(h)
+    return y + h
+
+
+def _through_a_view(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = x * 1
+    y = m.bn(m.conv(h))
+    h.view(-1).clamp_(max=0.5)
+    return y + h
+
+
+def _by_a_sum(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = x * 1
+    y = m.bn(m.conv(h))
+    h += 1
+    return y + h
+
+
+@pytest.mark.parametrize("code", [_before_the_sum, _by_a_module, _through_a_view, _by_a_sum])
+def test_an_input_that_is_overwritten_too_early(code: Callable[..., torch.Tensor]) -> None:
+    """A fused layer computes where its last step was, and would read what came later."""
+    _, summary = check(made(code, act=nn.ReLU(inplace=True)))
+    assert patterns(summary) == ["convolution + BN"]
+    assert "overwritten" in reason(summary, "conv")
+
+
+def test_an_input_that_is_overwritten_before_the_batch_norm() -> None:
     def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        h = torch.sigmoid(x)
-        y = m.bn(m.conv(h))
-        h.mul_(2)
-        return y + h
+        h = x * 1
+        y = m.conv(h)
+        m.act(h)
+        return m.bn(y) * h
+
+    _, summary = check(made(code, act=nn.ReLU(inplace=True)))
+    assert not summary.fusions
+
+
+def test_an_activation_whose_result_is_taken_from_its_input() -> None:
+    def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.bn(m.conv(x))
+        y.relu_()
+        return y
 
     _, summary = check(made(code))
     assert patterns(summary) == ["convolution + BN"]
-    assert "overwritten" in reason(summary, "conv")
+
+
+def test_fusing_again_changes_nothing() -> None:
+    model = made(lambda m, x: torch.relu(m.bn(m.conv(x))) + 1)
+    fused, _ = check(model)
+    again = octavo.fuse(fused, verbose=False)
+    assert again.octavo_summary.method == "torch.fx"
+    assert torch.equal(again(X), fused(X))
+
+
+def test_a_model_that_is_a_convolution() -> None:
+    torch.manual_seed(0)
+    fused, summary = check(nn.Conv2d(8, 8, 3, groups=8).double().eval())
+    assert patterns(summary) == ["depthwise"]
+    assert isinstance(next(fused.children()), FusedConv2d)
 
 
 PADDED = {

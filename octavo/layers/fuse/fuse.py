@@ -152,7 +152,7 @@ def _unseen(model: nn.Module, result: _Result) -> Iterator[NearMiss]:
     """Convolutions that are not in the graph."""
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and name:
             paths.setdefault(module, []).append(name)
     for names in paths.values():
         if result.found.seen.isdisjoint(names):

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from octavo.core.fusions import FuseSummary
 from octavo.layers.fuse.activations import is_activation
 from octavo.layers.fuse.steps import has_hooks
+from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
+from octavo.layers.module import QuantizedModule
 
 __all__ = ["FusedModel", "exported", "in_evaluation", "input_names", "traced"]
 
@@ -154,7 +156,8 @@ def _any_batch(x: Any) -> Any:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is one node, though it is none of torch's own."""
-    return has_hooks(module) or is_activation(module) or _is_opaque_convolution(module)
+    ours = isinstance(module, (FusedConv2d, FusedSeparableConv2d, QuantizedModule))
+    return ours or has_hooks(module) or is_activation(module) or _is_opaque_convolution(module)
 
 
 def _is_opaque_convolution(module: nn.Module) -> bool:

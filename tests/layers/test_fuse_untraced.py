@@ -11,7 +11,7 @@ from randomised import randomise, relative_error
 from torch import nn
 
 import octavo
-from octavo.core.errors import InputError
+from octavo.core.errors import InputError, UnsupportedError
 from octavo.core.fusions import FuseSummary
 from octavo.layers import FusedConv2d, FusedSeparableConv2d
 
@@ -198,3 +198,14 @@ def test_a_batch_that_the_code_fixes_is_said() -> None:
     assert summary.method == "torch.export"
     assert summary.notes[-1].endswith("and batches of their size.")
     assert summary.fused == 1
+
+
+def test_code_that_needs_a_layer_that_would_go() -> None:
+    class Peeking(Deciding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            x = self.bn(self.conv(x))
+            return x * float(x.max() > 0) + self.bn.eps
+
+    model = randomise(Peeking()).double()
+    with pytest.raises(UnsupportedError, match=r"no attribute 'eps'; does its code read attrib"):
+        octavo.fuse(model, X, verbose=False)

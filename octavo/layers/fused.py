@@ -23,8 +23,8 @@ Padding: TypeAlias = "int | tuple[int, int] | tuple[int, int, int, int]"
 class FusedConv2d(nn.Module):
     """y = final_activation(activation(conv(x) + b) + residual), for inference.
 
-    Depthwise convolutions run `octavo.kernels.depthwise_conv2d`, others torch's; what follows is
-    computed in the memory of the result.
+    On a GPU depthwise convolutions run `octavo.kernels.depthwise_conv2d`; all others are torch's,
+    and what follows is computed in the memory of their result.
 
     Args:
         in_channels: C.
@@ -109,18 +109,17 @@ class FusedConv2d(nn.Module):
         return y.contiguous()
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        if self.depthwise:
+        if self.depthwise and _has_kernels(x):
             dtype = compute_dtype(x)
-            if dtype in FLOATS:
-                return depthwise_conv2d(
-                    x.to(dtype),
-                    self.weight.to(dtype),
-                    self.bias,
-                    stride=self.stride,
-                    padding=self.padding,
-                    dilation=self.dilation,
-                    activation=self.activation,
-                )
+            return depthwise_conv2d(
+                x.to(dtype),
+                self.weight.to(dtype),
+                self.bias,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                activation=self.activation,
+            )
         left, right, top, bottom = self.padding
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -146,6 +145,8 @@ class FusedConv2d(nn.Module):
 
 class FusedSeparableConv2d(nn.Module):
     """y = pointwise(depthwise(x)) + residual, each with bias and activation, for inference.
+
+    On a GPU it is one call of `octavo.kernels.depthwise_separable_conv2d`.
 
     Args:
         depthwise: the first.
@@ -180,7 +181,7 @@ class FusedSeparableConv2d(nn.Module):
     def forward(self, x: torch.Tensor, residual: Any = None) -> torch.Tensor:
         """[B, C, H, W] to [B, N, H', W']; `residual` is added to that."""
         first, second, dtype = self.depthwise, self.pointwise, compute_dtype(x)
-        if x.ndim != 4 or dtype not in FLOATS:
+        if x.ndim != 4 or not _has_kernels(x):
             y: torch.Tensor = second(first(x), residual)
             return y
         y = depthwise_separable_conv2d(
@@ -196,6 +197,11 @@ class FusedSeparableConv2d(nn.Module):
             pw_activation=second.activation,
         )
         return second.finish(x, y, residual)
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether Octavo's operators are worth their checks; on a CPU they come down to torch's."""
+    return x.device.type != "cpu" and compute_dtype(x) in FLOATS
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -50,8 +50,8 @@ def print_fusions(summary: FuseSummary, console: Console | None = None) -> None:
     if summary.near_misses:
         out.line()
         table = out.table([("Stays, and why", "name"), ("", "number"), ("Kind", "fixed")])
-        for missed in _grouped(summary.near_misses, lambda one: _without_numbers(one.reason)):
-            reason = missed[0].reason if len(missed) == 1 else _without_numbers(missed[0].reason)
+        for missed in _grouped(summary.near_misses, lambda one: _general(one.reason)):
+            reason = missed[0].reason if len(missed) == 1 else _general(missed[0].reason)
             names = _names(one.name for one in missed)
             out.row(table, [f"{names}\n{reason}", f"{len(missed)}", missed[0].kind])
         out.show(table)
@@ -66,6 +66,11 @@ def _grouped(entries: Iterable[Entry], key: Callable[[Entry], str]) -> Iterable[
 
 def _without_numbers(text: str) -> str:
     return re.sub(r"\d+", "*", text)
+
+
+def _general(reason: str) -> str:
+    """A reason without the numbers in the names that it quotes."""
+    return re.sub(r"'[^']*'", lambda quoted: _without_numbers(quoted[0]), reason)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import copy
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +95,23 @@ def test_gives_what_models_of_pytorchcv_give(name: str, photos: torch.Tensor) ->
     assert summary.method == "torch.fx"
     assert (summary.separable, summary.depthwise) == PYTORCHCV[name]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    check(model, fused, photos[..., ::2, ::2], lambda y: y)
+    check(model, fused, photos[..., ::3, ::3], lambda y: y)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_gives_what_models_of_transformers_give(name: str, photos: torch.Tensor) -> None:
-    model, x = transformer(name), photos[..., ::2, ::2]
+    model, x = transformer(name), photos[..., ::3, ::3]
     fused = octavo.fuse(model, {"pixel_values": x[:1]}, verbose=False)
     summary = fused.octavo_summary
     assert summary.method == "torch.export"
     assert summary.error < 1e-5
     assert (summary.separable, summary.depthwise) == TRANSFORMERS[name][1]
     check(model, fused, x, lambda y: y.logits)  # a batch of two, where the example was one
-    with pytest.raises(AssertionError, match="shape"):
+    with pytest.raises(AssertionError, match="Guard failed"):
         fused(photos)
 
 
-def test_gives_what_efficientnet_lite0_gives(
-    lite0_module: nn.Module, photos: torch.Tensor
-) -> None:
+def test_gives_what_efficientnet_lite0_gives(lite0_module: nn.Module, photos: torch.Tensor) -> None:
     fused = octavo.fuse(lite0_module, verbose=False)
     summary = fused.octavo_summary
     assert (summary.separable, summary.depthwise, summary.fused) == (16, 16, 49)
@@ -175,9 +173,20 @@ def test_the_fused_model_compiles_and_is_exported(photos: torch.Tensor) -> None:
         assert relative_error(program.module()(x), fused(x)) < 1e-5
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other burn CPU seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_fusing_pays_on_a_cpu(lite0_module: nn.Module, photos: torch.Tensor) -> None:
-    """In CPU seconds, which other processes do not spoil; the bound leaves room for noise."""
+def test_fusing_pays_on_a_cpu(
+    lite0_module: nn.Module, photos: torch.Tensor, one_thread: None
+) -> None:
+    """In CPU seconds, which other processes hardly spoil; the bound leaves room for that."""
     x = photos[:1].to(memory_format=torch.channels_last)
     last = copy.deepcopy(lite0_module).to(memory_format=torch.channels_last)
     runs = {"fused": octavo.fuse(lite0_module, verbose=False), "eager": last}
@@ -189,4 +198,4 @@ def test_fusing_pays_on_a_cpu(lite0_module: nn.Module, photos: torch.Tensor) -> 
                 model(x)
                 seconds[name].append(time.process_time() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    assert medians["fused"] < 1.25 * medians["eager"], medians
+    assert medians["fused"] < 1.1 * medians["eager"], medians

@@ -59,27 +59,35 @@ def int8_conv2d(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tenso
     """See `schema.int8_conv2d`; the residual of the epilogue is [B, H', W', N]."""
     e = c.epilogue
     codes, window = _unsigned(x, c)
+    if _is_whole(e):
+        return _convolve(codes, w, window, e)
     known = e.activation in POST
-    whole = known and e.residual is None and e.out_dtype in OUTPUTS
-    done = Epilogue(
+    first = Epilogue(
         scale_x=e.scale_x,
         scale_w=e.scale_w,
         bias=e.bias,
         residual=None,
-        out_scale=e.out_scale if whole else None,
+        out_scale=None,
         activation=e.activation if known else "none",
-        out_dtype=e.out_dtype if whole else torch.float32,
-        out_zero_point=e.out_zero_point if whole else 0,
+        out_dtype=torch.float32,
     )
-    y = _convolve(codes, w, window, done)
-    if whole:
-        return y
+    y = _convolve(codes, w, window, first)
     if e.out_dtype == torch.int32:
         return y.to(torch.int32)
-    left = dataclasses.replace(
+    rest = dataclasses.replace(
         e, scale_x=None, scale_w=None, bias=None, activation="none" if known else e.activation
     )
-    return dataclasses.replace(c, epilogue=left).finish(y)
+    return dataclasses.replace(c, epilogue=rest).finish(y)
+
+
+def _is_whole(e: Epilogue) -> bool:
+    """Whether oneDNN has all of an epilogue. A residual it adds in the memory of the result."""
+    if e.activation not in POST or e.out_dtype not in OUTPUTS:
+        return False
+    if e.residual is None:
+        return True
+    same = e.residual.dtype == e.out_dtype != torch.bfloat16
+    return same and e.activation == "none"
 
 
 def _unsigned(x: torch.Tensor, c: Convolution) -> tuple[torch.Tensor, Window]:
@@ -101,25 +109,32 @@ def _convolve(codes: torch.Tensor, w: torch.Tensor, window: Window, e: Epilogue)
     """The convolution with an epilogue that oneDNN has."""
     n, (post, limits) = len(w), POST[e.activation]
     scale_w = torch.ones(n) if e.scale_w is None else e.scale_w.expand(n).contiguous()
-    result: torch.Tensor = torch.ops.onednn.qconv2d_pointwise.default(
+    before = (
         codes,
         1.0 if e.scale_x is None else float(e.scale_x),
         SHIFT,
         _pack(w, codes.shape, window),
         scale_w,
         _zeros(n),
-        _bias(e, scale_w),
-        window.stride,
-        (window.padding[2], window.padding[0]),
-        window.dilation,
-        codes.shape[1] // w.shape[1],
-        1.0 if e.out_scale is None else float(e.out_scale),
-        e.out_zero_point,
-        e.out_dtype,
-        post,
-        limits,
-        "",
     )
+    bias = _bias(e, scale_w)
+    padding = window.padding[2], window.padding[0]
+    groups = codes.shape[1] // w.shape[1]
+    behind = (
+        *(bias, window.stride, padding, window.dilation, groups),
+        *(1.0 if e.out_scale is None else float(e.out_scale), e.out_zero_point, e.out_dtype),
+    )
+    result: torch.Tensor
+    if e.residual is None:
+        result = torch.ops.onednn.qconv2d_pointwise.default(*before, *behind, post, limits, "")
+    else:
+        # added where the result is written, so in a copy
+        last = e.residual.clone(memory_format=torch.contiguous_format)
+        scale = 1.0 if e.residual_scale is None else float(e.residual_scale)
+        result = torch.ops.onednn.qconv2d_pointwise.binary(
+            *(*before, last.permute(0, 3, 1, 2), *behind),
+            *(scale, e.residual_zero_point, "sum", 1.0, "none", [], ""),
+        )
     return result
 
 

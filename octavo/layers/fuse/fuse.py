@@ -152,7 +152,7 @@ def _unseen(model: nn.Module, result: _Result) -> Iterator[NearMiss]:
     """Convolutions that are not in the graph."""
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and name:
             paths.setdefault(module, []).append(name)
     for names in paths.values():
         if result.found.seen.isdisjoint(names):
@@ -177,7 +177,13 @@ def _error(model: nn.Module, fused: nn.Module, example: _Example) -> float | Non
         wanted = _values(model(*example.args, **example.kwargs))
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"the model cannot take the example inputs: {error}") from error
-    values = _values(fused(*example.args, **example.kwargs))
+    try:
+        values = _values(fused(*example.args, **example.kwargs))
+    except Exception as error:
+        raise UnsupportedError(
+            f"the fused model cannot take the example inputs, which the model can: {error}; does "
+            "its code read attributes of layers that are fused?"
+        ) from error
     if len(values) != len(wanted):
         raise UnsupportedError(
             f"the fused model gives {len(values)} tensors and the model {len(wanted)}; its code "

@@ -59,7 +59,7 @@ def _merged(
     scene: Scene, by_out: dict[fx.Node, Unit], terms: Sequence[fx.Node], sums: Sequence[fx.Node]
 ) -> Unit | None:
     units = [by_out[term] for term in terms if term in by_out]
-    if not units or len(terms) < 2 or len({unit.x for unit in units}) > 1:
+    if not units or len(set(terms)) < len(terms) or len({unit.x for unit in units}) > 1:
         return None
     x = units[0].x
     main = max(units, key=lambda unit: unit.conv.weight[0, 0].numel())

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from octavo.core.fusions import FuseSummary
 from octavo.layers.fuse.activations import is_activation
 from octavo.layers.fuse.steps import has_hooks
+from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
+from octavo.layers.module import QuantizedModule
 
 __all__ = ["FusedModel", "exported", "in_evaluation", "input_names", "traced"]
 
@@ -137,7 +141,8 @@ def _export_for_any_batch(
     given = program.graph_signature.user_inputs
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     inputs = [node.meta["val"] for node in nodes if node.name in given]
-    fixed = [x for x in inputs if isinstance(x, torch.Tensor) and isinstance(x.shape[0], int)]
+    batched = [x for x in inputs if isinstance(x, torch.Tensor) and x.ndim]
+    fixed = [x for x in batched if is_concrete_int(x.shape[0])]
     return None if fixed else program
 
 
@@ -151,7 +156,8 @@ def _any_batch(x: Any) -> Any:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is one node, though it is none of torch's own."""
-    return has_hooks(module) or is_activation(module) or _is_opaque_convolution(module)
+    ours = isinstance(module, (FusedConv2d, FusedSeparableConv2d, QuantizedModule))
+    return ours or has_hooks(module) or is_activation(module) or _is_opaque_convolution(module)
 
 
 def _is_opaque_convolution(module: nn.Module) -> bool:
@@ -163,6 +169,25 @@ def _is_opaque_convolution(module: nn.Module) -> bool:
     except Exception:
         return True
     return False
+
+
+class _Proxy(fx.Proxy):
+    """Writes down that x += y changes x, which fx's own takes for x = x + y."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._written(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._written(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._written(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._written(operator.itruediv, other)
+
+    def _written(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
@@ -179,6 +204,10 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.Conv2d) and type(m).forward is not nn.Conv2d.forward:
             return False
         return super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for a value while the model's code runs."""
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self,

@@ -28,6 +28,8 @@ OPERATORS = (
     "weight_only_gemm",
     "static_quantize",
     "int8_conv2d",
+    "depthwise_conv2d",
+    "depthwise_separable_conv2d",
 )
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
 COMPARED_ROWS = 256

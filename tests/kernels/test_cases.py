@@ -21,6 +21,8 @@ SHAPES = {
     "weight_only_gemm": (3, 64, 128),
     "static_quantize": (17, 96),
     "int8_conv2d": (9, 16, 8, 24, 3, 1, 1),
+    "depthwise_conv2d": (3, 17, 9, 7, 3, 2),
+    "depthwise_separable_conv2d": (3, 17, 9, 12, 3, 1),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
@@ -51,6 +53,28 @@ def test_the_shapes_of_the_plan_are_there() -> None:
     layers |= {(4096, 28672), (14336, 4096), (8192, 8192), (28672, 8192)}
     rows = (1, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     assert shapes == {(m, n, k) for m in rows for k, n in layers}
+
+
+def test_the_convolutions_of_the_plan_are_there() -> None:
+    shapes = {case.shape for case in cases_of("depthwise_conv2d").cases()}
+    layers = {(32, 112, 3, 1), (64, 112, 3, 2), (128, 56, 3, 1), (256, 28, 3, 1), (512, 14, 3, 1)}
+    layers |= {(1024, 7, 3, 1), (144, 56, 3, 1), (384, 14, 3, 1), (960, 7, 3, 1)}
+    layers |= {(96, 56, 7, 1), (768, 7, 7, 1)}
+    assert {(b, c, h, h, k, s) for b in (1, 32, 128) for c, h, k, s in layers} <= shapes
+    assert {(b, c, 1, 2048, 5, 1) for b in (1, 32, 128) for c in (1024, 4096)} <= shapes
+    blocks = {case.shape[1:] for case in cases_of("depthwise_separable_conv2d").cases()}
+    assert {(c, h, k, s) for c, h, _, k, s in blocks} >= layers - {(768, 7, 7, 1)}
+
+
+def test_bytes_and_operations_of_convolutions_by_hand() -> None:
+    floats, coded = cases_of("depthwise_conv2d").cases([(2, 3, 5, 7, 3, 2)], torch.float16)
+    assert floats.bytes == 2 * 3 * (5 * 7 + 3 * 4) * 2 + 3 * 9 * 2 + 4 * 3
+    assert coded.bytes == 2 * 3 * (5 * 7 + 3 * 4) + 3 * 9 + 4 * 3 * 2 + 8
+    assert floats.operations == coded.operations == 2 * (2 * 3 * 3 * 4) * 9
+    (block, coded) = cases_of("depthwise_separable_conv2d").cases([(2, 3, 5, 4, 3, 1)], torch.half)
+    assert block.bytes == 2 * 25 * (3 + 4) * 2 + 3 * (9 + 4) * 2 + 4 * (3 + 4)
+    assert coded.bytes == 2 * 25 * (3 + 4) + 3 * (9 + 4) + 4 * (3 + 4) * 2 + 12
+    assert block.operations == 2 * 2 * 25 * 3 * (9 + 4)
 
 
 def test_bytes_and_operations_by_hand() -> None:

@@ -139,7 +139,8 @@ def _check_weights(x: torch.Tensor, pw_weight: torch.Tensor) -> torch.Tensor:
     """The pointwise weights [N, C]."""
     channels = x.shape[1]
     shape = tuple(pw_weight.shape)
-    if len(shape) not in (2, 4) or shape[1:] not in ((channels,), (channels, 1, 1)) or not shape[0]:
+    fits = len(shape) == 2 or (len(shape) == 4 and shape[2] == shape[3] == 1)
+    if not fits or shape[1] != channels or not shape[0]:
         raise InputError(
             f"pw_weight {list(shape)} does not fit; it is [N, {channels}] or [N, {channels}, 1, 1]"
         )

@@ -40,8 +40,8 @@ def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Ti
 def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Tiles]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
     found = []
-    for most, pixels, line, row in itertools.product(
-        (256, 128, 64), (64, 128, 32), (LINE, 2 * LINE), (0, 1)
+    for most, pixels, row, line in itertools.product(
+        (MOST_OUTPUTS, 128), (64, 128, 32), (0, 1), (LINE, 2 * LINE)
     ):
         tiles = _tiles(out_h, out_w, channels, outputs, size, pixels, most, line, row)
         # two rows of sums for every thread's registers

@@ -9,6 +9,7 @@ from octavo.kernels.depthwise_conv2d.triton_window import tile_pixels, window_su
 from octavo.kernels.int8_gemm.triton_finish import finish_pieces
 from octavo.kernels.triton_epilogue import activate
 from octavo.kernels.triton_rounding import to_int8
+from octavo.kernels.weight_only_gemm.triton_codes import dot
 
 __all__ = ["separable_kernel"]
 
@@ -40,7 +41,7 @@ def _product(middle, w, acc):
     if acc.dtype == tl.int32:
         acc = tl.dot(middle, tl.trans(w), acc, out_dtype=tl.int32)
     else:
-        acc = tl.dot(middle, tl.trans(w), acc, input_precision="ieee")
+        acc = dot(middle, tl.trans(w), acc)
     return acc
 
 

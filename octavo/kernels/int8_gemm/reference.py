@@ -63,7 +63,9 @@ class Epilogue:
             y.add_(self.bias)
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
-            y = y.add_(self._residual(self.residual))
+            residual = self._residual(self.residual)
+            # a gradient is computed from what an activation gave
+            y = y + residual if y.requires_grad else y.add_(residual)
         if self.out_scale is None:
             return y.to(self.out_dtype)
         return to_int8(y, self.out_scale, self.out_zero_point)

@@ -235,6 +235,16 @@ def test_any_memory_format(backend: str, device: torch.device) -> None:
                 assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_depthwise_has_a_kernel_of_its_own(residual: bool, device: torch.device) -> None:
+    arguments = epilogue("depthwise", device)
+    if not residual:
+        del arguments["residual"]
+    arguments |= {"out_dtype": torch.float32, "zero_point": -3}
+    found, expected = (int8_conv2d(**arguments, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("shape", ["pointwise", "stem"])
 def test_no_images(shape: str, device: torch.device) -> None:
     values = epilogue(shape, device)

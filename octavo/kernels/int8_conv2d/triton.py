@@ -62,7 +62,8 @@ def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
     if folds(each) or not each % 16:
         return last.contiguous()
     parts = functional.pad(last.unflatten(-1, (groups, each)), (0, -each % 16))
-    return parts.flatten(-2)
+    # padding may answer in another memory format where sizes are 1
+    return parts.flatten(-2).contiguous()
 
 
 def _choose(

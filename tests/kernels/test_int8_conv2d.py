@@ -14,7 +14,7 @@ from torch.nn import functional
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, fold_zero_point, int8_conv2d
 from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.int8_conv2d import cases, reference
+from octavo.kernels.int8_conv2d import cases, reference, schema
 from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm.tiles import shared_limit
@@ -408,6 +408,15 @@ def test_bytes_of_the_plan() -> None:
         assert ratio >= 1
     # lines of images at which columns of tiles meet; weights stay in the cache
     assert max(worst.values()) <= 1.1
+
+
+def test_more_pixels_than_the_kernel_counts() -> None:
+    raw = Epilogue(None, None, None, None, None, "none", torch.int32)
+    c = Convolution(Window((1, 1), (1, 1), (1, 1, 1, 1), (1, 1)), 0, raw)
+    w = torch.empty(1, 1, 1, 1, dtype=torch.int8, device="meta")
+    many, few = (w.new_empty(batch, 1, 1 << 15, 1 << 15) for batch in (2, 1))
+    assert schema._why_not_triton(many, w, c) == "it counts up to 2147483392 pixels"
+    assert schema._why_not_triton(few, w, c) == "the tensors are on meta"
 
 
 ONE = torch.tensor(1.0)

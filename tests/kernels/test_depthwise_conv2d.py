@@ -26,13 +26,15 @@ from octavo.kernels import depthwise_conv1d, depthwise_conv2d, explain
 from octavo.kernels.depthwise_conv2d import conv2d, schema
 from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.depthwise_conv2d.tiles import candidates, config, loaded_pixels
+from octavo.kernels.int8_conv2d import onednn
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.window import Window, make_window
 
 body = pytest.importorskip("octavo.kernels.depthwise_conv2d.triton")
 
-BACKENDS = ("triton", "conv2d", "reference")
+BACKENDS = ("triton", "onednn", "conv2d", "reference")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_float_backend = pytest.mark.parametrize("backend", ["triton", "conv2d", "reference"])
 SHAPES = {  # B, C, H, W, kernel, stride, padding, dilation
     "3x3": (2, 33, 7, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
     "one of all": (1, 1, 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
@@ -55,8 +57,10 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def skip_codes(backend: str, device: torch.device) -> None:
-    if backend == "conv2d" and device.type == "cuda":
+    if backend in ("conv2d", "onednn") and device.type == "cuda":
         pytest.skip("torch has no exact sums of codes on a GPU")
+    if backend == "onednn" and onednn.why_not_here():
+        pytest.skip(onednn.why_not_here())
 
 
 def call_of(
@@ -79,6 +83,8 @@ def test_sums_of_codes_are_exact(
     shape: str, zero_point: int, backend: str, device: torch.device
 ) -> None:
     skip_codes(backend, device)
+    if backend == "onednn" and shape == "no images":
+        pytest.skip("oneDNN takes no empty batch")
     x, weight, window = call_of(shape, device)
     found = depthwise_conv2d(
         x, weight, **window, zero_point=zero_point, out_dtype=torch.int32, backend=backend
@@ -89,7 +95,7 @@ def test_sums_of_codes_are_exact(
     assert torch.equal(found.cpu(), exact.int())
 
 
-@every_backend
+@every_float_backend
 @every_shape
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_floats(shape: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
@@ -199,13 +205,15 @@ def test_one_scale_for_all_channels_and_codes_of_floats(backend: str, device: to
     found = depthwise_conv2d(x, weight, **window, scale_x=scale, scale_w=scale, backend=backend)
     exact = exact_depthwise(x, weight, **window).double() * scale.double().item() ** 2
     torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-6, atol=0)
+    if backend == "onednn":
+        return
     x, weight, window = call_of("dilated", device, torch.float32)
     found = depthwise_conv2d(x, weight, **window, out_scale=scale, backend=backend)
     exact = (exact_depthwise(x, weight, **window) / scale.cpu().double()).round().clamp(-128, 127)
     assert int((found.cpu().double() - exact).abs().max()) <= 1
 
 
-@every_backend
+@every_float_backend
 def test_nan_stays_where_it_is(backend: str, device: torch.device) -> None:
     x, weight, window = call_of("7x7", device, torch.float32)
     x[0, 3, 3, 3] = math.nan
@@ -349,13 +357,14 @@ def test_inductor_sees_plain_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     x, weight, _ = call_of("3x3", torch.device("cpu"))
     scale = torch.tensor(0.01)
 
+    options = {"padding": 1, "scale_x": scale, "scale_w": scale, "zero_point": 4}
+
     def call(x: torch.Tensor) -> torch.Tensor:
-        return depthwise_conv2d(
-            x, weight, padding=1, scale_x=scale, scale_w=scale, zero_point=4, out_scale=scale
-        )
+        return depthwise_conv2d(x, weight, **options, out_scale=scale)
 
     found = torch.compile(call, fullgraph=True, backend=keep)(x)
-    assert torch.equal(found, call(x))
+    expected = depthwise_conv2d(x, weight, **options, out_scale=scale, backend="conv2d")
+    assert torch.equal(found, expected)
     assert not any("octavo" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
@@ -387,12 +396,14 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = call_of("3x3", torch.device("cpu"))
     depthwise_conv2d(x, weight, out_dtype=torch.int32)
     decision = explain("depthwise_conv2d")
-    assert decision.body == "conv2d"
+    assert decision.body == ("conv2d" if onednn.why_not_here() else "onednn")
+    depthwise_conv2d(x.float(), weight.float())
+    assert explain("depthwise_conv2d").body == "conv2d"
     assert decision.passed_over[0][0] == "triton"
-    wide = codes(1, 1, 20, 20)
+    wide = codes(1, 1, 32, 33)
     depthwise_conv2d(wide, wide, out_dtype=torch.int32)
     assert explain("depthwise_conv2d").body == "reference"
-    with pytest.raises(UnsupportedError, match="sums over 400 taps are not exact in float32"):
+    with pytest.raises(UnsupportedError, match="sums over 1056 taps are not exact in float32"):
         depthwise_conv2d(wide, wide, out_dtype=torch.int32, backend="conv2d")
 
 
@@ -443,7 +454,11 @@ REALS = {"x": reals(2, 4, 5, 5), "weight": reals(4, 1, 3, 3)}
         (CODES, {"zero_point": 128}, "zero_point is 128; an int8 code is from -128 to 127"),
         (CODES, {"out_zero_point": 3}, "out_zero_point is 3 and belongs to int8 output"),
         (CODES, {"out_dtype": torch.int32}, "int32 output is the accumulators alone; leave"),
-        (REALS, {"backend": "cudnn"}, "no backend 'cudnn'; choose from auto, triton, conv2d, ref"),
+        (
+            REALS,
+            {"backend": "cudnn"},
+            "no backend 'cudnn'; choose from auto, triton, onednn",
+        ),
     ],
 )
 def test_what_is_refused(base: dict[str, Any], changes: dict[str, Any], message: str) -> None:

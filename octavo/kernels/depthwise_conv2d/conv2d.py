@@ -5,8 +5,6 @@ Codes become float32 numbers, whose sums are exact as long as they stay below 2*
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch.nn import functional
 
@@ -39,7 +37,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> t
     values = x.to(dtype, memory_format=torch.channels_last)
     weights, bias = weight.to(dtype), None
     if x.is_floating_point() and epilogue.bias is not None:
-        bias, epilogue = epilogue.bias.to(dtype), dataclasses.replace(epilogue, bias=None)
+        bias = epilogue.bias.to(dtype)
     elif c.zero_point:
         # zeros around shifted codes are the zero point around codes
         values = values - c.zero_point
@@ -47,6 +45,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> t
     sums = functional.conv2d(
         values, weights, bias, window.stride, padding, window.dilation, weight.shape[0]
     )
-    if epilogue.out_dtype == torch.int32:
-        sums = sums.to(torch.int32)
-    return dataclasses.replace(c, epilogue=epilogue).finish(sums.float() if x.is_cuda else sums)
+    if x.is_floating_point():
+        y = epilogue.after_bias(sums.float())
+        return y.contiguous(memory_format=torch.channels_last)
+    return c.finish(sums.to(torch.int32) if epilogue.out_dtype == torch.int32 else sums)

@@ -10,6 +10,7 @@ from octavo.core.errors import InputError
 from octavo.kernels.depthwise_conv2d import conv2d, reference
 from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.int8_conv2d import onednn
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import check_epilogue
 from octavo.kernels.tracing import is_inlined, wants_gradient
@@ -75,9 +76,10 @@ def depthwise_conv2d(
             `out_scale` is given, else the dtype of float x, else float32.
         out_scale: float32 [], of int8 output.
         out_zero_point: of int8 output.
-        backend: "auto", "triton", "conv2d" (torch's convolution) or "reference"; one that is
-            named runs or is refused. On a GPU "auto" measures those that can run, once for each
-            shape bucket, and keeps the fastest; see `octavo.kernels.explain`.
+        backend: "auto", "triton", "onednn" (codes on a CPU; results of codes may be one apart),
+            "conv2d" (torch's convolution) or "reference"; one that is named runs or is refused.
+            On a GPU "auto" measures those that can run, once for each shape bucket, and keeps the
+            fastest; see `octavo.kernels.explain`.
 
     Returns:
         [B, C, H', W'] of `out_dtype`, channels_last.
@@ -309,8 +311,15 @@ def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object
     )
 
 
+def _why_not_onednn(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> str:
+    if x.is_floating_point():
+        return "oneDNN's convolution is here for codes"
+    return onednn.why_not(x, weight, c)
+
+
 _BODIES = (
     Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("onednn", _why_not_onednn, onednn.int8_conv2d),
     Body("conv2d", conv2d.why_not, conv2d.depthwise_conv2d),
     Body("reference", lambda *_: "", reference.depthwise_conv2d, "last"),
 )

@@ -5,8 +5,6 @@ Many output channels make one kernel compute the depthwise half again for each b
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch.nn import functional
 
@@ -50,8 +48,7 @@ def _float_product(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> torch.Tenso
     # a GPU multiplies halves, which rounds once more where something follows
     dtype = x.dtype if x.is_cuda else torch.float32
     bias = None if e.bias is None else e.bias.to(dtype)
-    sums = functional.linear(x.to(dtype), w.to(dtype), bias).float()
-    return dataclasses.replace(e, bias=None)(sums)
+    return e.after_bias(functional.linear(x.to(dtype), w.to(dtype), bias).float())
 
 
 def _code_product(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> torch.Tensor:

@@ -61,6 +61,10 @@ class Epilogue:
             y = y.mul_(scale_x).mul_(self.scale_w)
         if self.bias is not None:
             y.add_(self.bias)
+        return self.after_bias(y)
+
+    def after_bias(self, y: torch.Tensor) -> torch.Tensor:
+        """The rest, from float32 that is no longer needed."""
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
             residual = self._residual(self.residual)

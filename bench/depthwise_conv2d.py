@@ -31,15 +31,20 @@ def static_variants() -> Iterator[Variant]:
     yield _variant("7x7x1024", 3, config(32, 7, 7, 1024, 2), stride=2)
     yield _variant("14x14x512", 3, config(32, 14, 14, 512, 1), stride=2, x="i8", out="i8")
     yield _variant("56x56x128", 3, config(32, 56, 56, 128, 4), x="fp32", out="fp32")
+    yield _variant("1x1x1", 1, config(1, 1, 1, 1, 2), least=True, architectures=UNLIKE)
     for x in ("fp16", "i8"):
         offered = list(candidates(32, 56, 56, 128, BYTES[x]))
-        for tiles in offered[:: max(1, len(offered) // 6)]:
+        for tiles in offered[:: max(1, len(offered) // 4)]:
             yield _variant("candidate", 7, tiles, x=x, out=x, architectures=UNLIKE)
 
 
-def window_numbers(stride: int) -> tuple[dict[str, str], dict[str, int]]:
-    """Types of the sizes and steps of a window, and the steps that are 1, which are constants."""
+def window_numbers(stride: int, least: bool) -> tuple[dict[str, str], dict[str, int]]:
+    """Types of the sizes and steps of a window, and those that are 1, which are constants.
+
+    least: all sizes are 1.
+    """
     ones = {name: 1 for name in STEPS if stride == 1 or "STRIDE" not in name}
+    ones |= dict.fromkeys(SIZES if least else ("TOP", "LEFT"), 1)
     names = [name for name in (*SIZES, *STEPS) if name not in ones]
     return dict.fromkeys(names, "i32"), ones
 
@@ -50,13 +55,14 @@ def _variant(
     tiles: Mapping[str, int],
     *,
     stride: int = 1,
+    least: bool = False,
     x: str = "fp16",
     out: str = "fp16",
     architectures: tuple[int, ...] = (),
 ) -> Variant:
     pointers = {"x_ptr": f"*{x}", "w_ptr": f"*{x}", "out_ptr": f"*{out}", **POINTERS}
     pointers["residual_ptr"] = f"*{x}"
-    numbers, steps = window_numbers(stride)
+    numbers, steps = window_numbers(stride, least)
     constants: dict[str, Any] = {
         **steps,
         "KH": kernel,
@@ -80,7 +86,7 @@ def _variant(
         "depthwise_kernel",
         {**pointers, **numbers},
         constants,
-        (*pointers, "C"),
+        (*pointers, *(["C"] * (not least))),
         dict(tiles),
         **options,
     )

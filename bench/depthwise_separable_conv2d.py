@@ -34,9 +34,10 @@ def static_variants() -> Iterator[Variant]:
         wide = config(14, 14, 512, 512, BYTES[x])
         yield _variant("14x14x512 to 512", 3, wide, x, residual=True)
         yield _variant("7x7x960 to 160", 3, config(7, 7, 960, 160, BYTES[x]), x, stride=2)
+    yield _variant("1x1x1 to 1", 1, config(1, 1, 1, 1, 1), "i8", least=True, architectures=UNLIKE)
     for x in ("fp16", "i8"):
         offered = list(candidates(56, 56, 128, 256, BYTES[x]))
-        for tiles in offered[:: max(1, len(offered) // 6)]:
+        for tiles in offered[:: max(1, len(offered) // 4)]:
             yield _variant("candidate", 3, tiles, x, architectures=UNLIKE)
 
 
@@ -47,6 +48,7 @@ def _variant(
     x: str,
     *,
     stride: int = 1,
+    least: bool = False,
     residual: bool = False,
     architectures: tuple[int, ...] = (),
 ) -> Variant:
@@ -54,7 +56,7 @@ def _variant(
 
     pointers = dict.fromkeys(("x_ptr", "dw_ptr", "pw_ptr", "out_ptr", "residual_ptr"), f"*{x}")
     pointers |= POINTERS
-    numbers, steps = window_numbers(stride)
+    numbers, steps = window_numbers(stride, least)
     constants: dict[str, Any] = {
         **steps,
         "KH": kernel,
@@ -71,7 +73,11 @@ def _variant(
         "ACTIVATION": "hardswish",
         "PIECES": pieces(tiles),
     }
-    numbers |= dict.fromkeys(("M", "N", *ZERO_POINTS), "i32")
+    numbers |= dict.fromkeys(("M", *ZERO_POINTS), "i32")
+    if least:
+        constants["N"] = 1
+    else:
+        numbers["N"] = "i32"
     blocks = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "HWCN")
     words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
     words += ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
@@ -83,7 +89,7 @@ def _variant(
         "separable_kernel",
         {**pointers, **numbers},
         constants,
-        (*pointers, "C", "N"),
+        (*pointers, *(["C", "N"] * (not least))),
         dict(tiles),
         **options,
     )

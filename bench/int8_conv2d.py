@@ -43,6 +43,8 @@ def static_variants() -> Iterator[Variant]:
     yield _variant("3@224", wide, config(wide), border="zeros", out="fp16")
     grouped = Facts(m=32 * 56 * 56, n=4, channels=4, taps=9, groups=32)
     yield _variant("4 x 32@56", grouped, config(grouped))
+    grey = Facts(m=32 * 28 * 28, n=6, channels=1, taps=25)
+    yield _variant("1@28", grey, config(grey))
     uneven = Facts(m=32 * 28 * 28, n=40, channels=144, taps=9)
     yield _variant("144@28", uneven, config(uneven))
     deepest: dict[tuple[int, ...], Mapping[str, int]] = {}
@@ -67,7 +69,7 @@ def _variant(
 ) -> Variant:
     pointers = {f"{name}_ptr": "*i8" for name in ("x", "w", "border", "residual")}
     pointers |= {"out_ptr": f"*{out}", **POINTERS}
-    side = {1: 1, 9: 3, 49: 7}[facts.taps]
+    side = {1: 1, 9: 3, 25: 5, 49: 7}[facts.taps]
     constants: dict[str, Any] = {
         "KERNEL_H": side,
         "KERNEL_W": side,
@@ -91,9 +93,10 @@ def _variant(
     }
     numbers = dict.fromkeys(("N", "C", "GROUPS", *SIZES), "i32")
     aligned = [name for name, value in (("N", facts.n), ("C", facts.channels)) if value % 16 == 0]
-    if facts.groups == 1:
-        del numbers["GROUPS"]
-        constants["GROUPS"] = 1
+    for name, value in (("GROUPS", facts.groups), ("C", facts.channels)):
+        if value == 1:  # which the compiler makes a constant
+            del numbers[name]
+            constants[name] = 1
     block = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MNK")
     words = [
         f"{side}x{side}",

@@ -39,6 +39,7 @@ def static_variants() -> Iterator[Variant]:
     yield _tiles("4096x4096x4096", config(4096, 4096, 4096, heavy=True))
     yield _tiles("64x4096x4000", config(64, 4096, 4000), even=False)
     yield _tiles("4096x4096x4096", config(4096, 4096, 4096), out="fp32", fused=False)
+    yield _tiles("4096x4096x4096", config(4096, 4096, 4096, heavy=True), out="i8")
     for tiles in _shapes(persistent=0):
         one = {**tiles, "SPLIT_K": 1}
         yield _tiles("M >= 64", one, fused=False, architectures=(80, 90, 100))
@@ -95,6 +96,8 @@ def _tiles(
     types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": f"*{out}", **POINTERS}
     types |= {"partial_ptr": "*i32", "arrived_ptr": "*i32"}
     types |= {"stride_xm": "i64", "stride_wn": "i64"}
+    if out == "i8":
+        constants["REQUANTIZE"], types["residual_ptr"] = True, "*i8"
     words = (
         "swapped" if tiles["SWAP"] else "",
         "split K" if tiles["SPLIT_K"] > 1 else "",

@@ -54,7 +54,8 @@ class Int8Conv2d(QuantizedModule):
         dtype: of a float result where x comes as codes.
 
     Attributes:
-        weight: int8 [N, C / groups, kh, kw], channels_last.
+        weight: int8 [N, C / groups, kh, kw]; channels_last, or in memory [kh, kw, N] where each
+            channel has a kernel of its own.
         weight_scale: float32 [N].
         bias: int32 [N], or None; in steps of the sums, with what the zero point of x adds to them
             taken off.
@@ -114,7 +115,7 @@ class Int8Conv2d(QuantizedModule):
 
         shape = (out_channels, in_channels // groups, *_pair(self.kernel_size))
         weight = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("weight", _ordered(weight))
         self.register_buffer("weight_scale", floats(out_channels))
         self.register_buffer("input_scale", floats())
         like = torch.empty(0, dtype=dtype, device=device)
@@ -296,7 +297,7 @@ class Int8Conv2d(QuantizedModule):
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
         # what was assigned may lie in another order, which kernels would copy at every call
-        self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        self.weight = _ordered(self.weight)
         self.one = torch.ones_like(self.input_scale)
         self._follow_scales()
 
@@ -330,6 +331,13 @@ def signed(qparams: QParams | None) -> tuple[torch.Tensor, int]:
         )
     shift = 0 if qparams.dtype.symmetric else 128
     return qparams.scale, int(qparams.zero_point) - shift
+
+
+def _ordered(weight: torch.Tensor) -> torch.Tensor:
+    """The weights in the order that kernels read."""
+    if weight.shape[1] > 1:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
 def _padding(conv: nn.Conv2d) -> Numbers | str:

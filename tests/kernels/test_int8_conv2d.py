@@ -14,7 +14,7 @@ from torch.nn import functional
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, fold_zero_point, int8_conv2d
 from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.int8_conv2d import cases, reference
+from octavo.kernels.int8_conv2d import cases, reference, schema
 from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm.tiles import shared_limit
@@ -71,6 +71,7 @@ SHAPES = {  # B, C, H, W, N, kh, kw, stride, padding, dilation, groups
     "groups": (2, 64, 5, 6, 48, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2),
     "small groups": (1, 12, 7, 7, 20, 3, 3, (2, 2), (1, 1, 1, 1), (1, 1), 4),
     "groups with a remainder": (1, 38, 4, 4, 6, 2, 2, (1, 1), (1, 0, 1, 0), (1, 1), 2),
+    "groups of one pixel": (1, 62, 1, 1, 2, 2, 1, (1, 1), (0, 0, 0, 1), (1, 1), 2),
     "depthwise": (2, 9, 6, 6, 9, 5, 5, (1, 1), (2, 2, 2, 2), (1, 1), 9),
     "dilated": (1, 16, 9, 9, 8, 3, 3, (1, 1), (2, 2, 2, 2), (2, 2), 1),
     "one of all": (1, 1, 1, 1, 1, 1, 1, (1, 1), (0, 0, 0, 0), (1, 1), 1),
@@ -235,6 +236,16 @@ def test_any_memory_format(backend: str, device: torch.device) -> None:
                 assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_depthwise_has_a_kernel_of_its_own(residual: bool, device: torch.device) -> None:
+    arguments = epilogue("depthwise", device)
+    if not residual:
+        del arguments["residual"]
+    arguments |= {"out_dtype": torch.float32, "zero_point": -3}
+    found, expected = (int8_conv2d(**arguments, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("shape", ["pointwise", "stem"])
 def test_no_images(shape: str, device: torch.device) -> None:
     values = epilogue(shape, device)
@@ -397,6 +408,15 @@ def test_bytes_of_the_plan() -> None:
         assert ratio >= 1
     # lines of images at which columns of tiles meet; weights stay in the cache
     assert max(worst.values()) <= 1.1
+
+
+def test_more_pixels_than_the_kernel_counts() -> None:
+    raw = Epilogue(None, None, None, None, None, "none", torch.int32)
+    c = Convolution(Window((1, 1), (1, 1), (1, 1, 1, 1), (1, 1)), 0, raw)
+    w = torch.empty(1, 1, 1, 1, dtype=torch.int8, device="meta")
+    many, few = (w.new_empty(batch, 1, 1 << 15, 1 << 15) for batch in (2, 1))
+    assert schema._why_not_triton(many, w, c) == "it counts up to 2147483392 pixels"
+    assert schema._why_not_triton(few, w, c) == "the tensors are on meta"
 
 
 ONE = torch.tensor(1.0)

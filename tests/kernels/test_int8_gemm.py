@@ -98,9 +98,18 @@ def test_granularities_of_scales(
 
 
 @every_backend
-def test_codes_out(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("residual", ["floats", "codes"])
+@pytest.mark.parametrize("zero_point", [0, -40])
+def test_codes_out(residual: str, zero_point: int, backend: str, device: torch.device) -> None:
     values = case(40, 24, 90, device)
     arguments = {**values, "out_dtype": torch.int8, "out_scale": torch.tensor(0.01, device=device)}
+    if residual == "codes":
+        arguments |= {
+            "residual": codes(40, 24, seed=3).to(device),
+            "residual_scale": torch.tensor(0.02, device=device),
+            "residual_zero_point": 30,
+        }
+    arguments["out_zero_point"] = zero_point
     found, expected = (int8_gemm(**arguments, backend=b) for b in (backend, "reference"))
     assert found.dtype == torch.int8
     assert int((found.int() - expected.int()).abs().max()) <= (device.type == "cuda")
@@ -181,6 +190,10 @@ GOOD = {"x_q": codes(2, 8), "w_q": codes(4, 8), "scale_x": ONE, "scale_w": ONE}
         ({"scale_w": None}, "torch.float16 output needs scale_x and scale_w"),
         ({"out_dtype": torch.int8}, "out_scale belongs to int8 output; give both"),
         ({"out_scale": ONE}, "out_scale belongs to int8 output; give both"),
+        ({"out_zero_point": 3}, "out_zero_point is 3 and belongs to int8 output; leave it 0"),
+        ({"residual": codes(2, 4)}, "residual_scale belongs to a residual of int8 codes; give"),
+        ({"residual_scale": ONE}, "residual_scale belongs to a residual of int8 codes; give"),
+        ({"residual_zero_point": 200}, "residual_zero_point is 200; an int8 code is from -128"),
         (
             {"scale_x": torch.ones(3)},
             r"scale_x is torch.float32 \[3\]; it must be .* \[\] or \[2\]",

@@ -22,11 +22,11 @@ def tile_pixels(tile, OUT_H, OUT_W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
 
 
 @triton.jit
-def _tap(acc, images, k, h, w, present, around, H, W, C):
-    """Adds the products of one tap, at rows h and columns w [pixels], and weights k [channels]."""
+def _tap(acc, x_tile, w_tile, h, w, present, around, H, W):
+    """Adds the products of one tap, which lies at rows h and columns w [pixels]."""
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    there = images + ((h.to(tl.int64) * W + w) * C)[:, None]
-    x = tl.load(there, mask=inside[:, None] & present[None, :], other=around)
+    x = tl.load(x_tile, mask=inside[:, None] & present[None, :], other=around)
+    k = tl.load(w_tile, mask=present, other=0)
     return acc + x.to(acc.dtype) * k.to(acc.dtype)[None, :]
 
 
@@ -61,16 +61,24 @@ def window_sums(
         around = 0.0
         acc = tl.zeros((first_h.shape[0], cols.shape[0]), dtype=tl.float32)
     present = cols < C
-    images = x_ptr + image.to(tl.int64) * H * W * C + cols[None, :]
-    weights = w_ptr + cols
+    # of the first tap; the others lie as far from it for every pixel
+    first = (image.to(tl.int64) * H + first_h) * W + first_w
+    x_tile = x_ptr + (first * C)[:, None] + cols[None, :]
+    w_tile = w_ptr + cols
+    pixel = tl.cast(C, tl.int64)  # C is a number where it is 1
+    down, across = pixel * W * DILATION_H, pixel * DILATION_W
     for i in range(KH):
         h = first_h + i * DILATION_H
         if ROW:
             for j in tl.static_range(KW):
-                k = tl.load(weights + (i * KW + j) * C, mask=present, other=0)
-                acc = _tap(acc, images, k, h, first_w + j * DILATION_W, present, around, H, W, C)
+                x_tap, w_tap = x_tile + j * across, w_tile + j * C
+                w = first_w + j * DILATION_W
+                acc = _tap(acc, x_tap, w_tap, h, w, present, around, H, W)
         else:
             for j in range(KW):
-                k = tl.load(weights + (i * KW + j) * C, mask=present, other=0)
-                acc = _tap(acc, images, k, h, first_w + j * DILATION_W, present, around, H, W, C)
+                x_tap, w_tap = x_tile + j * across, w_tile + j * C
+                w = first_w + j * DILATION_W
+                acc = _tap(acc, x_tap, w_tap, h, w, present, around, H, W)
+        x_tile += down
+        w_tile += KW * C
     return acc

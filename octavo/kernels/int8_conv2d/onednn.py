@@ -92,17 +92,16 @@ def _is_whole(e: Epilogue) -> bool:
 
 def _unsigned(x: torch.Tensor, c: Convolution) -> tuple[torch.Tensor, Window]:
     """Codes plus 128, uint8 in channels_last, and what is left to pad: zeros around them only."""
-    window, last = c.window, x.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
-    left, right, top, bottom = window.padding
+    window, (batch, channels, height, width) = c.window, x.shape
+    values = x.contiguous(memory_format=torch.channels_last).view(torch.uint8)
     if window.symmetric and not (c.zero_point and any(window.padding)):
-        return last.bitwise_xor(SHIFT).permute(0, 3, 1, 2), window
-    batch, height, width, channels = last.shape
-    padded = last.new_full(
-        (batch, height + top + bottom, width + left + right, channels), SHIFT + c.zero_point
-    )
-    inner = padded[:, top : top + height, left : left + width]
-    torch.bitwise_xor(last, SHIFT, out=inner)
-    return padded.permute(0, 3, 1, 2), dataclasses.replace(window, padding=(0, 0, 0, 0))
+        return values.bitwise_xor(SHIFT), window
+    left, right, top, bottom = window.padding
+    size = (batch, height + top + bottom, width + left + right, channels)
+    padded = torch.full(size, SHIFT + c.zero_point, dtype=torch.uint8).permute(0, 3, 1, 2)
+    inner = padded[:, :, top : top + height, left : left + width]
+    torch.bitwise_xor(values, SHIFT, out=inner)
+    return padded, dataclasses.replace(window, padding=(0, 0, 0, 0))
 
 
 def _convolve(codes: torch.Tensor, w: torch.Tensor, window: Window, e: Epilogue) -> torch.Tensor:

@@ -18,6 +18,9 @@ from octavo.kernels.window import Padding, Pair, Window, make_window
 
 __all__ = ["int8_conv2d"]
 
+MOST_PIXELS = 2**31 - 2**8
+"""Pixels of an image, or of all results, that int32 counts, with a tile beyond the last one."""
+
 
 def int8_conv2d(
     x_q: torch.Tensor,
@@ -224,6 +227,14 @@ def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
     return triton.int8_conv2d(x, w, c)
 
 
+def _why_not_triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
+    """Why the kernel cannot make this convolution, or nothing."""
+    _, _, height, width = x.shape
+    if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_PIXELS:
+        return f"it counts up to {MOST_PIXELS} pixels"
+    return why_not_triton(x, (8, 0))
+
+
 def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     e, last = c.epilogue, torch.channels_last
@@ -240,7 +251,7 @@ def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...
 
 
 _BODIES = (
-    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("triton", _why_not_triton, _triton),
     Body("onednn", onednn.why_not, onednn.int8_conv2d),
     Body("int_mm", int_mm.why_not, int_mm.int8_conv2d),
     Body("reference", lambda *_: "", reference.int8_conv2d, "last"),

@@ -9,6 +9,7 @@ import triton
 from torch.nn import functional
 
 from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.depthwise_conv2d.triton import depthwise_conv2d
 from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config, folds
 from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
@@ -36,9 +37,11 @@ def int8_conv2d(
     Returns:
         [B, N, H', W'], channels_last.
     """
-    if is_pointwise(x, w, c) and tiles is None:
+    if tiles is None and is_pointwise(x, w, c):
         y = gemm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), c.epilogue)
         return y.permute(0, 3, 1, 2)
+    if tiles is None and x.shape[1] == len(w) and w.shape[1] == 1:
+        return depthwise_conv2d(x, w, c)
     high, wide = c.window.out_size(*x.shape[2:])
     out = torch.empty(len(x), high, wide, len(w), dtype=c.epilogue.out_dtype, device=x.device)
     if out.numel():
@@ -59,7 +62,8 @@ def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
     if folds(each) or not each % 16:
         return last.contiguous()
     parts = functional.pad(last.unflatten(-1, (groups, each)), (0, -each % 16))
-    return parts.flatten(-2)
+    # padding may answer in another memory format where sizes are 1
+    return parts.flatten(-2).contiguous()
 
 
 def _choose(

@@ -23,7 +23,7 @@ def _codes_of_one_tap(
     cs = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     ys = rows_y + tap // KERNEL_W * DILATION_H
     xs = rows_x + tap % KERNEL_W * DILATION_W
-    there = images + (ys.to(tl.int64) * W + xs) * pixel
+    there = images + (ys * W + xs).to(tl.int64) * pixel
     pointers = there[:, None] + cs[None, :]
     present = (cs < C)[None, :]
     if BORDER == "none":
@@ -58,7 +58,7 @@ def _codes_of_any_taps(
     inside = (ks < K)[None, :]
     if BORDER != "none":
         inside = inside & (ys >= 0) & (ys < H) & (xs >= 0) & (xs < W)
-    pointers = images[:, None] + (ys * W + xs) * pixel.to(tl.int64) + cs[None, :]
+    pointers = images[:, None] + (ys * W + xs).to(tl.int64) * pixel + cs[None, :]
     return tl.load(pointers, mask=inside, other=zero_point)
 
 

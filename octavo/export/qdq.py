@@ -13,8 +13,8 @@ from octavo.core.errors import InputError
 from octavo.export.constants import initializer, set_constant
 from octavo.export.equalization import equalize
 from octavo.export.placement import Placement, QuantizedLayer, place
-from octavo.quant.weights import half_scale, quantize_weight
 from octavo.quant import PerTensor, QParams
+from octavo.quant.weights import half_scale, quantize_weight
 
 __all__ = ["QdqModel", "QuantSpec", "adjust_weights", "insert_qdq", "quantize_graph"]
 

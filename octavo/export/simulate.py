@@ -25,8 +25,8 @@ from octavo.export.placement import QuantizedLayer, place
 from octavo.export.pooling import averages_pictures, scales_fit
 from octavo.export.qdq import INTEGER_BIAS, QuantSpec, adjust_weights
 from octavo.export.torch_export import TorchExport
-from octavo.quant.weights import quantize_weight
 from octavo.quant import QParams
+from octavo.quant.weights import quantize_weight
 
 __all__ = ["simulate"]
 

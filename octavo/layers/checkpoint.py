@@ -14,11 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from octavo.core.errors import ArtifactError, InputError
+from octavo.core.errors import ArtifactError, InputError, OctavoError
 from octavo.core.files import atomic_write
 from octavo.core.version import __version__
 from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
+from octavo.layers.codes import Dequantize, Int8Add, Quantize
 from octavo.layers.conv import Int8Conv2d
+from octavo.layers.fuse import fuse_model
+from octavo.layers.fuse.trace import FusedModel
+from octavo.layers.int8_graph import Form, to_int8
 from octavo.layers.linear import Int8Linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
@@ -47,18 +51,20 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: the model has no quantized layer, or weights on the meta device.
     """
+    forms = getattr(model, "octavo_forms", None) or {}
     layers = {
         name: {"kind": type(module).__name__, **module.config()}
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedModule)
+        if isinstance(module, QuantizedModule) and name not in forms and not _in_graph(module)
     }
-    if not layers:
+    if not (layers or forms):
         raise InputError("the model has no quantized layer; make one with octavo.quantize")
     tensors, aliases = _unique(model)
     header = {
         "schema": SCHEMA,
         "octavo": __version__,
         "layers": layers,
+        "graph": {name: form.to_json() for name, form in forms.items()},
         "attention": _names(model, MultiheadAttention),
         "activations": _dropped_activations(model),
         "aliases": aliases,
@@ -67,13 +73,18 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return atomic_write(Path(path), save(tensors, {"octavo": json.dumps(header)}))
 
 
-def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_quantized(
+    model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None
+) -> nn.Module:
     """Reads what `save_quantized` wrote.
 
     Args:
         model: the float architecture; its weights may be anything, also on the meta device. It
-            becomes the quantized model (but for a model that is one layer: use what is returned).
+            becomes the quantized model, but for a model that is one layer or that has
+            convolutions in INT8: use what is returned.
         path: of the file.
+        example_inputs: what a model with convolutions was traced with, where torch.fx could not
+            follow its code.
 
     Returns:
         the quantized model, on the CPU, in evaluation mode as `model` was.
@@ -86,6 +97,9 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     edits = Edits()
     try:
         model = _rebuild(model, header, edits)
+        if header["graph"]:
+            model = _graph(model, header["graph"], example_inputs)
+            edits.undo()  # the graph has modules of its own
         parameters = dict(model.named_parameters(remove_duplicate=False))
         state: dict[str, torch.Tensor] = {
             name: nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
@@ -164,7 +178,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         header: dict[str, Any] = json.loads(text)
         schema = header["schema"]
-        parts = {"layers": dict, "attention": list, "activations": list, "aliases": dict}
+        header.setdefault("graph", {})
+        parts = {
+            "layers": dict,
+            "graph": dict,
+            "attention": list,
+            "activations": list,
+            "aliases": dict,
+        }
         complete = all(isinstance(header.get(key), kind) for key, kind in parts.items())
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"the header of {path} is damaged; save the model again") from error
@@ -201,6 +222,32 @@ def _rebuild(model: nn.Module, header: Mapping[str, Any], edits: Edits) -> nn.Mo
     for module in model.modules():
         keep_off_fused_kernels(module, edits)
     return model
+
+
+def _in_graph(module: nn.Module) -> bool:
+    """Whether a layer belongs to a graph of fused ones, and is made with it."""
+    return isinstance(module, (Dequantize, Int8Add, Quantize)) or (
+        isinstance(module, Int8Conv2d) and module.in_codes
+    )
+
+
+def _graph(model: nn.Module, saved: Mapping[str, Any], example: Any) -> nn.Module:
+    """The model as a graph of INT8 layers without values."""
+    try:
+        forms = {name: Form.from_json(form) for name, form in saved.items()}
+    except (KeyError, TypeError, ValueError, OctavoError) as error:
+        raise ArtifactError(f"the codes in the header are damaged: {error}") from error
+    fused, summary = fuse_model(model.eval(), example)
+    if not isinstance(fused, FusedModel):
+        why = " ".join(summary.notes)
+        raise ArtifactError(
+            f"the model cannot be traced as it was when it was saved: {why} Give the "
+            "example_inputs it was quantized with"
+        )
+    made, layers = to_int8(fused, forms, {})
+    if missing := sorted(forms.keys() - layers.keys()):
+        raise ArtifactError(f"the model has no {missing[0]!r}; it is of another architecture")
+    return made
 
 
 def _take_apart(model: nn.Module, name: str, edits: Edits) -> None:

@@ -149,9 +149,9 @@ class Int8Add(QuantizedModule):
         device: torch.device | None = None,
     ) -> Int8Add:
         """The layer for codes of calibrated parameters, int8 or uint8."""
-        scales, zero_points = zip(*map(signed, (a, b, out)), strict=True)
-        layer = cls(*zero_points, activation=activation, device=device)
-        for name, scale in zip(cls.float32, scales, strict=True):
+        pairs = [signed(qparams) for qparams in (a, b, out)]
+        layer = cls(pairs[0][1], pairs[1][1], pairs[2][1], activation, device)
+        for name, (scale, _) in zip(cls.float32, pairs, strict=True):
             getattr(layer, name).copy_(scale)
         return layer
 

@@ -183,9 +183,6 @@ class Int8Conv2d(QuantizedModule):
             device=weight.device,
             dtype=conv.weight.dtype,
         )
-        qparams = choose_qparams(weight, "int8", PerChannel(0))
-        layer.weight.copy_(quantize(weight, qparams))
-        layer.weight_scale.copy_(qparams.scale)
         layer.input_scale.copy_(scale)
         if output_qparams is not None and layer.output_scale is not None:
             layer.output_scale.copy_(output_qparams.scale)
@@ -260,23 +257,27 @@ class Int8Conv2d(QuantizedModule):
         if not self.out_codes:
             out_dtype = compute_dtype(self.like if self.in_codes else x)
         coded = residual is not None and self.residual_codes
+        step, activation, out_scale = self.step, self.sums_activation, self.steps_scale
+        if residual is not None and self._requantizes:  # it is added to real numbers
+            step = self.input_scale * self.weight_scale
+            activation, out_scale = self.activation, self.output_scale
         return int8_conv2d(
             codes,
             self.weight,
             self.one,
-            self.step,
+            step,
             bias=self.bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
             zero_point=self.zero_point,
-            activation=self.sums_activation,
+            activation=activation,
             residual=residual,
             residual_scale=self.residual_scale if coded else None,
             residual_zero_point=self.residual_zero_point if coded else 0,
             out_dtype=out_dtype,
-            out_scale=self.steps_scale,
+            out_scale=out_scale,
             out_zero_point=self.out_zero_point,
         )
 

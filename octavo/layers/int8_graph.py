@@ -30,6 +30,9 @@ MOVES_DATA = frozenset(
 """What does the same to codes as to what they stand for."""
 
 
+PLACES = ("x", "y", "total")
+
+
 @dataclass(frozen=True)
 class Form:
     """The codes around one layer of the float model, int8 or uint8.
@@ -45,6 +48,24 @@ class Form:
     y: QParams | None = None
     total: QParams | None = None
     bias: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """The form as JSON can hold it."""
+        return {"bias": self.bias, **{name: _numbers(getattr(self, name)) for name in PLACES}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Form:
+        """The form that `to_json` wrote.
+
+        Raises:
+            KeyError: a part is missing.
+            TypeError: a part is of another kind.
+            OctavoError: numbers that are no parameters of codes.
+        """
+        x, y, total = (_qparams(data[name]) for name in PLACES)
+        if x is None or not isinstance(data["bias"], bool):
+            raise TypeError("x or bias is missing")
+        return cls(x, y, total, data["bias"])
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,9 @@ def to_int8(
         the model, and name -> the INT8 layer, for those of the forms that the graph has.
     """
     rewriter = _Rewriter(model, forms, weights)
-    return rewriter.run(), rewriter.made
+    result = rewriter.run()
+    result.octavo_forms = {name: forms[name] for name in rewriter.made}
+    return result, rewriter.made
 
 
 class _Rewriter:
@@ -140,7 +163,9 @@ class _Rewriter:
             self._int8(part, one, form, out)
             for part, one, form, out in zip(parts, names, forms, results, strict=True)
         ]
-        new = made[0] if len(made) == 1 else Int8DepthwiseSeparableConv2d(*made)  # type: ignore[arg-type]
+        new = made[0]
+        if len(made) == 2:
+            new = Int8DepthwiseSeparableConv2d(*made)  # type: ignore[arg-type]
         self.made.update(zip(names, made, strict=True))
         x = node.args[0]
         assert isinstance(x, fx.Node)  # noqa: S101 - a layer computes with what others gave
@@ -158,10 +183,14 @@ class _Rewriter:
     def _int8(self, part: Any, name: str, form: Form, out: QParams | None) -> nn.Module:
         layer: Int8Linear | Int8Conv2d
         scale, zero_point = signed(form.x)
-        common = {"zero_point": zero_point, "bias": form.bias or zero_point != 0}
-        place = {"device": self.device, "dtype": self.dtype}
+        common: dict[str, Any] = {
+            "zero_point": zero_point,
+            "bias": form.bias or zero_point != 0,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
         if isinstance(part, nn.Linear):
-            layer = Int8Linear(part.in_features, part.out_features, static=True, **common, **place)
+            layer = Int8Linear(part.in_features, part.out_features, static=True, **common)
         else:
             layer = Int8Conv2d(
                 part.in_channels,
@@ -176,7 +205,6 @@ class _Rewriter:
                 out_codes=out is not None,
                 out_zero_point=signed(out)[1],
                 **common,
-                **place,
             )
             if out is not None and layer.output_scale is not None:
                 layer.output_scale.copy_(out.scale)
@@ -257,6 +285,19 @@ class _Rewriter:
             name += "_"
         self.model.add_module(name, layer.eval())
         return self.graph.call_module(name, args)
+
+
+def _numbers(qparams: QParams | None) -> list[Any] | None:
+    if qparams is None:
+        return None
+    return [qparams.dtype.name, float(qparams.scale), int(qparams.zero_point)]
+
+
+def _qparams(numbers: Any) -> QParams | None:
+    if numbers is None:
+        return None
+    kind, scale, zero_point = numbers
+    return QParams(torch.tensor(float(scale)), torch.tensor(int(zero_point)), kind)
 
 
 def _parts(layer: nn.Module) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ class Int8Linear(QuantizedModule):
     bias: torch.Tensor | None
     smooth: torch.Tensor | None
     input_scale: torch.Tensor | None
-    float32 = ("weight_scale", "smooth", "input_scale")
+    float32: tuple[str, ...] = ("weight_scale", "smooth", "input_scale")
 
     def __init__(
         self,
@@ -109,10 +109,11 @@ class Int8Linear(QuantizedModule):
                 raise InputError(f"{name} has values that are not positive and finite")
         if smooth is not None:
             weight = weight * smooth.to(weight.device, torch.float32)
+        biased = linear.bias is not None
         layer = cls(
             linear.in_features,
             linear.out_features,
-            bias=linear.bias is not None or zero_point != 0,
+            bias=biased or zero_point != 0,
             smooth=smooth is not None,
             static=input_scale is not None,
             activation=activation,

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
-from octavo.core.arrays import Float32
+from octavo.core.arrays import Array, Float32
 from octavo.core.errors import CalibrationError, ExportError, InputError
 from octavo.core.progress import Progress
 from octavo.export.onnx_model import TRANSPOSED
 from octavo.export.placement import ACTIVATIONS, QuantizedLayer, place
 from octavo.export.qdq import INTEGER_BIAS, adjust_weights
 from octavo.export.unsigned import unsigned_spec
-from octavo.quant.weights import quantize_weight
 from octavo.layers.fuse import fuse_model
 from octavo.layers.fuse.trace import FusedModel
 from octavo.layers.int8_graph import Form, Weights, to_int8
@@ -30,6 +29,7 @@ from octavo.layers.swap import Made
 from octavo.pipelines.calibrate import calibrate_source
 from octavo.pipelines.sources import ModelSource, first_batch, resolve_model
 from octavo.quant import QParams
+from octavo.quant.weights import quantize_weight
 
 __all__ = ["Int8Graph", "calibrate_convolutions", "forms_and_weights"]
 
@@ -225,7 +225,9 @@ def _activated(value: ir.Value, activations: Mapping[str, QParams]) -> ir.Value:
 def _weights(node: ir.Node, layer: QuantizedLayer, x: QParams) -> Weights:
     """The integers that an engine computes with."""
     weight, bias = _constant(node.inputs[1]), None
-    if layer.op == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)):
+    if layer.op == "MatMul" or (
+        node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)
+    ):
         weight = weight.T
     if layer.bias is not None and layer.op == "MatMul":
         adder = next(user for user, _ in node.outputs[0].uses())
@@ -234,17 +236,17 @@ def _weights(node: ir.Node, layer: QuantizedLayer, x: QParams) -> Weights:
         bias = _constant(node.inputs[2])
     on_grid = layer.op in INTEGER_BIAS
     made = quantize_weight(weight, 0, bias=bias, input_scale=float(x.scale) if on_grid else None)
+    added: Array | None = made.bias if on_grid else bias
     if layer.op == "Conv":
-        bias = made.bias_codes
-    elif on_grid:
-        bias = made.bias
+        added = made.bias_codes
     return Weights(
         torch.from_numpy(np.array(made.codes)),
         made.qparams.scale,
-        None if bias is None else torch.from_numpy(np.array(bias)),
+        None if added is None else torch.from_numpy(np.array(added)),
     )
 
 
 def _constant(value: ir.Value | None) -> Float32:
-    assert value is not None and value.const_value is not None  # noqa: S101 - of a placed layer
+    if value is None or value.const_value is None:
+        raise ExportError("a layer that was placed has no constant weight; please report this")
     return np.array(value.const_value.numpy(), dtype=np.float32)

@@ -14,7 +14,6 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from octavo.core.fusions import FuseSummary
 from octavo.layers.fuse.activations import is_activation
 from octavo.layers.fuse.steps import has_hooks
 from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
@@ -28,15 +27,17 @@ class FusedModel(fx.GraphModule):
 
     Attributes:
         octavo_summary: what was fused in it; copies have it too.
+        octavo_forms: the codes around its INT8 layers, see `int8_graph`; None if it has none.
     """
 
-    octavo_summary: FuseSummary | None = None
+    octavo_summary: Any = None
+    octavo_forms: Mapping[str, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedModel:
         """A copy of the modules and the graph."""
         result = super().__deepcopy__(memo)
         assert isinstance(result, FusedModel)  # noqa: S101 - it is of the same class
-        result.octavo_summary = self.octavo_summary
+        result.octavo_summary, result.octavo_forms = self.octavo_summary, self.octavo_forms
         return result
 
 

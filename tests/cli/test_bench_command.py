@@ -33,14 +33,25 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+SHAPES = {
+    "int8_gemm": ("3x64x128", "3x64x128", "F.linear fp32"),
+    "weight_only_gemm": ("3x64x128", "3x64x128", "F.linear fp32"),
+    "dynamic_quantize": ("3x64", "3x64", "torch eager"),
+    "static_quantize": ("3x64", "3x64", "torch eager"),
+    "int8_conv2d": ("3x16x8x24x3x1x1", "3x16x8x24x3x1x1", "F.conv2d fp32 NHWC"),
+    "depthwise_conv2d": ("2x8x9x9x3x1", "2x8x9x9", "torch fp32 NHWC"),
+    "depthwise_separable_conv2d": ("2x8x9x12x3x1", "2x8x9 to 12", "torch fp32 NHWC"),
+}
+"""Operator -> a small shape, how the table calls it, and what torch offers for it."""
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_beside_torch(run: Run, tmp_path: Path, operator: str) -> None:
-    shape = "3x64" if "_quantize" in operator else "3x64x128"
+    shape, printed, baseline = SHAPES[operator]
     path = tmp_path / "figures.json"
     code, output, _ = run(operator, "--shape", shape, "--json", path)
     assert code == 0
-    baseline = "torch eager" if "_quantize" in operator else "F.linear fp32"
-    for text in (shape, "octavo", baseline, "p20 us", "limit", "ratio", "copy 10 GB/s"):
+    for text in (printed, "octavo", baseline, "p20 us", "limit", "ratio", "copy 10 GB/s"):
         assert text in output
     assert "not timed: octavo triton" in output
     assert "no limit for float16: no such product" in output

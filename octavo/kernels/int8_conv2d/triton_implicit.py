@@ -23,7 +23,7 @@ def _codes_of_one_tap(
     cs = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     ys = rows_y + tap // KERNEL_W * DILATION_H
     xs = rows_x + tap % KERNEL_W * DILATION_W
-    there = images + (ys * W + xs).to(tl.int64) * pixel
+    there = images + (ys.to(tl.int64) * W + xs) * pixel
     pointers = there[:, None] + cs[None, :]
     present = (cs < C)[None, :]
     if BORDER == "none":

@@ -212,8 +212,10 @@ def test_any_shape(
         for backend in BACKENDS
     ]  # fmt: skip
     assert device.type == "cuda" or torch.equal(results[0], results[2])
-    assert error_norm(results[0], results[2]) < 1e-2
-    assert error_norm(results[1], results[2]) < 1e-2
+    # codes of the middle may be one apart: by FMA on a GPU, by oneDNN's rounding on a CPU
+    bound = pw.long().abs().sum(1).reshape(1, -1, 1, 1)
+    for found in results[:2]:
+        assert bool(((found - results[2]).cpu().long().abs() <= bound).all())
 
 
 @every_backend

@@ -16,13 +16,16 @@ Tiles = dict[str, int]
 LEAST_PIXELS = 16
 """Rows of the smallest product of tensor cores."""
 MOST_OUTPUTS = 256
+SHAPES = ((64, MOST_OUTPUTS), (64, 128), (128, 128), (32, 128))
+"""Pixels and output channels of tiles whose sums leave registers for the depthwise half."""
 
 
 def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Tiles:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     64 pixels, which is what one instruction of sm_90 multiplies, and all output channels up to
-    256; beyond that the depthwise half is computed anew for each 256.
+    256; beyond that the depthwise half is computed anew for each 256. A row of taps at once needs
+    registers, which codes do not leave.
 
     Args:
         out_h: height of the result.
@@ -34,18 +37,15 @@ def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Ti
     Returns:
         BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_N, ROW, num_warps, num_stages; see `depthwise_conv2d`.
     """
-    return _tiles(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, 0)
+    return _tiles(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, size > 1)
 
 
 def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Tiles]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
     found = []
-    for most, pixels, row, line in itertools.product(
-        (MOST_OUTPUTS, 128), (64, 128, 32), (0, 1), (LINE, 2 * LINE)
-    ):
+    for (pixels, most), row, line in itertools.product(SHAPES, (False, True), (LINE, 2 * LINE)):
         tiles = _tiles(out_h, out_w, channels, outputs, size, pixels, most, line, row)
-        # two rows of sums for every thread's registers
-        fits = pixels * tiles["BLOCK_N"] <= 96 * 32 * tiles["num_warps"]
+        fits = not row or (size > 1 and pixels <= 64)  # the registers
         if fits and tiles not in found:
             found.append(tiles)
             yield tiles
@@ -84,7 +84,7 @@ def _tiles(
     pixels: int,
     most: int,
     line: int,
-    row: int,
+    row: bool,
 ) -> Tiles:
     least = 32 // min(size, 2)  # what a step of a product takes: 32 codes, or 16 others
     block_n = max(16, min(power_of_two(outputs), most))
@@ -95,7 +95,7 @@ def _tiles(
         "BLOCK_W": width,
         "BLOCK_C": max(least, min(power_of_two(channels), line // size)),
         "BLOCK_N": block_n,
-        "ROW": row,
+        "ROW": int(row),
         "num_warps": 8 if height * width * block_n >= 64 * 128 else 4,
         "num_stages": 1,
     }

@@ -163,7 +163,9 @@ class Int8Add(QuantizedModule):
         offset = zero - (ratio_a * zeros[0] + ratio_b * zeros[1])
         inner = _fma(b.to(torch.float64) + UNSIGNED, ratio_b, offset)
         total = _fma(a.to(torch.float64) + UNSIGNED, ratio_a, inner)
-        if self.activation == "none":
+        if self.activation in ("none", "relu"):
+            if self.activation == "relu":
+                total.clamp_(min=zero)
             return (torch.round(total) - UNSIGNED).clamp_(-128, 127).to(torch.int8)
         real = ACTIVATIONS[self.activation]((total - zero) * self.out_scale)
         return to_int8(real, self.out_scale, self.out_zero_point)

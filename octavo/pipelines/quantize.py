@@ -85,6 +85,11 @@ def quantize(
         refused = take_apart(work, edits)
         choices = plan(work, recipe, include=include, exclude=exclude, overrides=overrides)
         shown = progress or default_progress()
+        if inplace and any(isinstance(one.module, nn.Conv2d) and one.recipe for one in choices):
+            raise InputError(
+                "a model with convolutions becomes a graph of its own; use what "
+                "quantize(..., inplace=False) returns, or exclude torch.nn.Conv2d"
+            )
         graph = calibrate_convolutions(model, choices, calibration, example_inputs, shown)
         rest = [choice for choice in choices if choice.name not in graph.forms]
         inputs = _calibrate(work, rest, graph.batches, shown)
@@ -271,7 +276,8 @@ def _describe(choice: Choice, made: Mapping[str, Made], refused: Mapping[str, st
     kind = {"RowsLinear": "Linear"}.get(kind, kind)
     if choice.name in made:
         new = made[choice.name]
-        became = str(choice.recipe) if isinstance(choice.module, nn.Linear) else "int8 dynamic"
+        recurrent = isinstance(choice.module, (nn.LSTM, nn.GRU))
+        became = "int8 dynamic" if recurrent else str(choice.recipe)
         after = _bytes(new.layer)
         return LayerSwap(choice.name, kind, became, new.detail, new.sqnr_db, before, after)
     reason = choice.reason or "calibration data never reached it"

@@ -61,12 +61,14 @@ def scaled_in_place(
         sums: int32 [M, N], overwritten.
         scale_x: float32 [] or [M, 1].
         scale_w: float32 [] or [N].
-        bias: floating [N].
+        bias: floating [N], or int32 [N].
         activation: as in `schema.int8_gemm`.
 
     Returns:
         float32 [M, N].
     """
+    if bias is not None and bias.dtype == torch.int32:
+        sums, bias = sums.add_(bias), None
     y = sums.view(torch.float32).copy_(sums).mul_(scale_x)
     if bias is None:
         y.mul_(scale_w)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from octavo.pipelines.build import build, load
     from octavo.pipelines.calibrate import calibrate
     from octavo.pipelines.compare import compare
+    from octavo.pipelines.convert import convert_attention
     from octavo.pipelines.quantize import quantize
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "build",
     "calibrate",
     "compare",
+    "convert_attention",
     "load",
     "load_data",
     "load_quantized",
@@ -59,6 +61,7 @@ _HOME = {
     "build": "octavo.pipelines.build",
     "calibrate": "octavo.pipelines.calibrate",
     "compare": "octavo.pipelines.compare",
+    "convert_attention": "octavo.pipelines.convert",
     "load": "octavo.pipelines.build",
     "load_data": "octavo.calibration.data",
     "load_quantized": "octavo.layers.checkpoint",

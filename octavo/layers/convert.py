@@ -1,0 +1,322 @@
+"""Softmax self-attention of a model, found and remade as linear attention with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
+from octavo.layers.efficient_attention import EfficientAttention, LinearAttention
+from octavo.layers.linear_calls import LinearMultiheadAttention, LinearSelfAttention
+from octavo.layers.plan import Selector, check_selectors, selected
+
+__all__ = [
+    "AttentionChoice",
+    "AttentionPair",
+    "Teachers",
+    "attention_pairs",
+    "linear_form",
+    "plan_attention",
+]
+
+
+class AttentionPair(NamedTuple):
+    """A softmax attention, and the linear one that has taken its place.
+
+    Both take the same arguments and return the same kind of result, so that the teacher's can be
+    the student's target.
+
+    Attributes:
+        name: in `named_modules()` of the converted model.
+        teacher: the softmax attention, of the model that was converted; no weight is shared.
+        student: the module of that name now.
+    """
+
+    name: str
+    teacher: nn.Module
+    student: nn.Module
+
+
+class Teachers(dict[str, nn.Module]):
+    """Name -> the softmax attention that was there; copies of a model share it, files lack it."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Teachers:
+        return self
+
+    def __reduce__(self) -> tuple[type[Teachers], tuple[()]]:
+        return Teachers, ()
+
+
+def attention_pairs(model: nn.Module) -> list[AttentionPair]:
+    """Teachers and students of a converted model, for distillation.
+
+    Args:
+        model: from `octavo.convert_attention`, or a copy of it in the same process.
+
+    Returns:
+        one pair an attention that was converted; none for another model.
+    """
+    teachers: Teachers = getattr(model, "octavo_teachers", Teachers())
+    return [
+        AttentionPair(name, teacher, model.get_submodule(name))
+        for name, teacher in teachers.items()
+    ]
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What happens to one attention.
+
+    Attributes:
+        name: in `named_modules()`.
+        module: the attention.
+        reason: why it stays; empty if it becomes linear.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+def plan_attention(
+    model: nn.Module,
+    *,
+    include: Sequence[Selector] | None = None,
+    exclude: Sequence[Selector] = (),
+) -> list[AttentionChoice]:
+    """Decides about every module that is known to be an attention, or is named as one.
+
+    Args:
+        model: any.
+        include: attentions to convert; None stands for all.
+        exclude: attentions to leave, also among those included.
+
+    Raises:
+        InputError: a selector that matches no attention, or is of another kind.
+    """
+    found = list(_attentions(model))
+    check_selectors((*(include or ()), *exclude), found, "attention")
+    crossing = _cross_attentions(model)
+    choices = []
+    for name, module in found:
+        if selected(exclude, name, module):
+            reason = "excluded"
+        elif include is not None and not selected(include, name, module):
+            reason = "not included"
+        elif id(module) in crossing:
+            reason = "cross attention, and only self-attention becomes linear"
+        else:
+            reason = _why_not(module)
+        choices.append(AttentionChoice(name, module, reason))
+    return choices
+
+
+def linear_form(module: nn.Module, *, causal: bool = False, feature_map: str = "elu+1") -> nn.Module:
+    """Makes what takes the place of an attention, with copies of its weights.
+
+    Args:
+        module: one for which `plan_attention` gives no reason; not changed.
+        causal: whether it is causal also where neither the module nor a call says so.
+        feature_map: as in `LinearAttention`.
+
+    Returns:
+        a module that is called as `module` is.
+    """
+    new: nn.Module
+    if isinstance(module, EfficientAttention):
+        causal = causal or module.causal
+        heads, proj = module.num_heads, module.proj
+        new = _linear(_stack([module.qkv]), proj, heads, causal, feature_map)
+    elif isinstance(module, nn.MultiheadAttention):
+        stacked = module.in_proj_weight, module.in_proj_bias
+        attention = _linear(stacked, module.out_proj, module.num_heads, causal, feature_map)
+        new = LinearMultiheadAttention(attention, batch_first=module.batch_first)
+    else:
+        parts = TRANSFORMERS[type(module).__name__]
+        causal = causal or bool(getattr(module, "is_causal", False))
+        stacked = _stack([getattr(module, name) for name in parts.qkv])
+        out = getattr(module, parts.out) if parts.out else None
+        attention = _linear(stacked, out, getattr(module, parts.heads), causal, feature_map)
+        new = LinearSelfAttention(attention)
+    return new.train(module.training)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the self-attention modules of transformers call their parts.
+
+    Attributes:
+        qkv: of queries, keys and values.
+        out: the output projection; empty where another module has it.
+        heads: how many there are.
+    """
+
+    qkv: tuple[str, str, str]
+    out: str
+    heads: str = "num_attention_heads"
+
+
+_BERT = _Parts(("query", "key", "value"), "")
+_VIT = _Parts(("q_proj", "k_proj", "v_proj"), "o_proj")
+TRANSFORMERS = {
+    "BertSelfAttention": _BERT,
+    "CamembertSelfAttention": _BERT,
+    "DeiTAttention": _VIT,
+    "Dinov2Attention": _VIT,
+    "DistilBertSelfAttention": _Parts(("q_lin", "k_lin", "v_lin"), "out_lin", "n_heads"),
+    "ElectraSelfAttention": _BERT,
+    "RobertaSelfAttention": _BERT,
+    "ViTAttention": _VIT,
+    "ViTSelfAttention": _BERT,
+    "XLMRobertaSelfAttention": _BERT,
+}
+"""Classes whose forward computes nothing but softmax attention over these projections."""
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Attentions that are known, and of the others those that hold no attention themselves."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside or not _is_attention(module):
+            continue
+        below = [child for child in module.modules() if child is not module]
+        if _is_known(module):
+            inside.update(map(id, below))
+        elif any(map(_is_attention, below)) or not any(True for _ in module.parameters()):
+            continue
+        yield name, module
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return _is_known(module) or "attention" in type(module).__name__.lower()
+
+
+def _is_known(module: nn.Module) -> bool:
+    ours = (
+        EfficientAttention,
+        LinearAttention,
+        LinearMultiheadAttention,
+        LinearSelfAttention,
+        MultiheadAttention,
+        nn.MultiheadAttention,
+    )
+    return isinstance(module, ours) or _parts(module) is not None
+
+
+def _parts(module: nn.Module) -> _Parts | None:
+    """The parts of a self-attention of transformers, where it has them."""
+    kind = type(module)
+    parts = TRANSFORMERS.get(kind.__name__)
+    if parts is None or not kind.__module__.startswith("transformers.models."):
+        return None
+    names = (*parts.qkv, *filter(None, [parts.out]), parts.heads)
+    return parts if all(hasattr(module, name) for name in names) else None
+
+
+def _cross_attentions(model: nn.Module) -> set[int]:
+    """Identities of those that torch's decoder layers give the encoder's output."""
+    layers = (m for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer))
+    return {id(layer.multihead_attn) for layer in layers}
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why an attention has to stay, or nothing."""
+    if isinstance(module, (LinearAttention, LinearMultiheadAttention, LinearSelfAttention)):
+        return "is linear already"
+    if isinstance(module, MultiheadAttention):
+        return "its projections are taken apart for INT8; convert first, then quantize"
+    if isinstance(module, nn.MultiheadAttention):
+        return why_not_taken_apart(module) or _why_not_projections([module.out_proj])
+    if isinstance(module, EfficientAttention):
+        if type(module) is not EfficientAttention:
+            return f"{type(module).__name__} may compute something else than EfficientAttention"
+        return _why_not_projections([module.qkv, module.proj])
+    parts = _parts(module)
+    return _why_not_known(module) if parts is None else _why_not_transformers(module, parts)
+
+
+def _why_not_transformers(module: nn.Module, parts: _Parts) -> str:
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return "config.output_attentions asks for its weights, which linear attention has not"
+    if getattr(module, "position_embedding_type", "absolute") not in ("absolute", None):
+        return "it adds relative positions to the scores"
+    projections = [getattr(module, name) for name in (*parts.qkv, *filter(None, [parts.out]))]
+    reason = _why_not_projections(projections)
+    if reason:
+        return reason
+    query, heads = projections[0], getattr(module, parts.heads)
+    if query.out_features != query.in_features or query.out_features % heads:
+        return (
+            f"its {heads} heads are {query.out_features} channels together, and the model has "
+            f"{query.in_features}"
+        )
+    return ""
+
+
+def _why_not_projections(projections: Sequence[nn.Module]) -> str:
+    for layer in projections:
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            return f"its projections are {type(layer).__name__}, and Linear is what can be kept"
+        if parametrize.is_parametrized(layer):
+            return "its weights are parametrized; remove the parametrization first"
+    return ""
+
+
+def _why_not_known(module: nn.Module) -> str:
+    """Why an attention of a class that nothing here knows stays."""
+    kind = type(module).__name__
+    if "cross" in kind.lower() or getattr(module, "is_cross_attention", False):
+        return "cross attention, and only self-attention becomes linear"
+    held = [*module.__dict__, *module._modules, *module._parameters, *module._buffers]
+    relative = [n for n in held if "relative" in n or "position_bias" in n or "rel_pos" in n]
+    if relative:
+        return f"it adds relative positions to the scores ({relative[0]})"
+    if any(type(child).__name__ == "Conv1D" for child in module.children()):
+        return f"{kind} keeps its projections in Conv1D layers, and Linear is what can be kept"
+    return f"Octavo does not know what {kind} computes"
+
+
+def _stack(layers: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of Linear layers one below the other; a missing bias is zero."""
+    weights = [layer.get_parameter("weight") for layer in layers]
+    biases = [layer._parameters.get("bias") for layer in layers]
+    weight = torch.cat(weights).requires_grad_(weights[0].requires_grad)
+    if all(bias is None for bias in biases):
+        return weight, None
+    filled = [
+        each.new_zeros(len(each)) if bias is None else bias
+        for each, bias in zip(weights, biases, strict=True)
+    ]
+    return weight, torch.cat(filled)
+
+
+def _linear(
+    qkv: tuple[torch.Tensor, torch.Tensor | None],
+    out: nn.Module | None,
+    num_heads: int,
+    causal: bool,
+    feature_map: str,
+) -> LinearAttention:
+    """Linear attention over copies of weights [3C, C], biases [3C] and an output projection."""
+    dim = qkv[0].shape[1]
+    made = LinearAttention(dim, num_heads, causal, feature_map=feature_map, device="meta")
+    made.qkv = _copied(*qkv)
+    if out is None:
+        made.proj = nn.Identity()
+    else:
+        made.proj = _copied(out.get_parameter("weight"), out._parameters.get("bias"))
+    return made
+
+
+def _copied(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            copy = nn.Parameter(value.detach().clone(), requires_grad=weight.requires_grad)
+            setattr(linear, name, copy)
+    return linear

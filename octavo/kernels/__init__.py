@@ -12,16 +12,24 @@ from octavo.kernels.dynamic_quantize.schema import (
     dynamic_quantize,
 )
 from octavo.kernels.int8_gemm.schema import int8_gemm
+from octavo.kernels.linear_attention.schema import (
+    State,
+    linear_attention,
+    linear_attention_step,
+)
 from octavo.kernels.static_quantize.schema import static_quantize
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
 
 __all__ = [
     "LayerNorm",
     "RmsNorm",
+    "State",
     "add_dynamic_quantize",
     "dynamic_quantize",
     "explain",
     "int8_gemm",
+    "linear_attention",
+    "linear_attention_step",
     "static_quantize",
     "weight_only_gemm",
 ]

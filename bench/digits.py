@@ -67,11 +67,11 @@ class Block(nn.Module):
 class Reader(nn.Module):
     """A classifier of sequences of numbers."""
 
-    def __init__(self, attention: Callable[[int, int], nn.Module], dim: int = 64) -> None:
+    def __init__(self, attention: Callable[[int, int], nn.Module], dim: int = 32) -> None:
         super().__init__()
         self.embed = nn.Linear(1, dim)
         self.position = nn.Parameter(torch.randn(STEPS, dim) * 0.3)
-        self.blocks = nn.Sequential(*(Block(attention(dim, 4), dim) for _ in range(2)))
+        self.blocks = nn.Sequential(*(Block(attention(dim, 2), dim) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from octavo.core.errors import InputError
 
-__all__ = ["causal_or_full", "key_padding", "kept"]
+__all__ = ["causal_or_full", "kept", "key_padding"]
 
 NOTHING = -1e4
 """A number that leaves nothing of a softmax weight it is added to, in every dtype."""
@@ -106,6 +106,6 @@ def _lower(size: int, like: torch.Tensor) -> torch.Tensor:
 def _require(condition: torch.Tensor, message: str) -> None:
     """Raises unless a bool [] is True; in a compiled graph when the graph runs."""
     if torch.compiler.is_compiling():
-        torch._assert_async(condition, message)  # type: ignore[no-untyped-call]
+        torch._assert_async(condition, message)
     elif not bool(condition):
         raise InputError(message)

@@ -61,7 +61,7 @@ def attention_pairs(model: nn.Module) -> list[AttentionPair]:
     Returns:
         one pair an attention that was converted; none for another model.
     """
-    teachers: Teachers = getattr(model, "octavo_teachers", Teachers())
+    teachers: Teachers | dict[str, nn.Module] = getattr(model, "octavo_teachers", {})
     return [
         AttentionPair(name, teacher, model.get_submodule(name))
         for name, teacher in teachers.items()
@@ -116,7 +116,9 @@ def plan_attention(
     return choices
 
 
-def linear_form(module: nn.Module, *, causal: bool = False, feature_map: str = "elu+1") -> nn.Module:
+def linear_form(
+    module: nn.Module, *, causal: bool = False, feature_map: str = "elu+1"
+) -> nn.Module:
     """Makes what takes the place of an attention, with copies of its weights.
 
     Args:
@@ -129,19 +131,19 @@ def linear_form(module: nn.Module, *, causal: bool = False, feature_map: str = "
     """
     new: nn.Module
     if isinstance(module, EfficientAttention):
-        causal = causal or module.causal
-        heads, proj = module.num_heads, module.proj
-        new = _linear(_stack([module.qkv]), proj, heads, causal, feature_map)
+        qkv, proj = _stacked([module.qkv]), _stacked([module.proj])
+        new = _linear(qkv, proj, module.num_heads, causal or module.causal, feature_map)
     elif isinstance(module, nn.MultiheadAttention):
-        stacked = module.in_proj_weight, module.in_proj_bias
-        attention = _linear(stacked, module.out_proj, module.num_heads, causal, feature_map)
+        qkv = _filled(module.in_proj_weight, module.in_proj_bias)
+        proj = _stacked([module.out_proj])
+        attention = _linear(qkv, proj, module.num_heads, causal, feature_map)
         new = LinearMultiheadAttention(attention, batch_first=module.batch_first)
     else:
         parts = TRANSFORMERS[type(module).__name__]
         causal = causal or bool(getattr(module, "is_causal", False))
-        stacked = _stack([getattr(module, name) for name in parts.qkv])
-        out = getattr(module, parts.out) if parts.out else None
-        attention = _linear(stacked, out, getattr(module, parts.heads), causal, feature_map)
+        qkv = _stacked([getattr(module, name) for name in parts.qkv])
+        out = _stacked([getattr(module, parts.out)]) if parts.out else nn.Identity()
+        attention = _linear(qkv, out, getattr(module, parts.heads), causal, feature_map)
         new = LinearSelfAttention(attention)
     return new.train(module.training)
 
@@ -281,39 +283,35 @@ def _why_not_known(module: nn.Module) -> str:
     return f"Octavo does not know what {kind} computes"
 
 
-def _stack(layers: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights and biases of Linear layers one below the other; a missing bias is zero."""
-    weights = [layer.get_parameter("weight") for layer in layers]
-    biases = [layer._parameters.get("bias") for layer in layers]
-    weight = torch.cat(weights).requires_grad_(weights[0].requires_grad)
-    if all(bias is None for bias in biases):
-        return weight, None
-    filled = [
-        each.new_zeros(len(each)) if bias is None else bias
-        for each, bias in zip(weights, biases, strict=True)
-    ]
-    return weight, torch.cat(filled)
-
-
 def _linear(
-    qkv: tuple[torch.Tensor, torch.Tensor | None],
-    out: nn.Module | None,
-    num_heads: int,
-    causal: bool,
-    feature_map: str,
+    qkv: nn.Linear, proj: nn.Module, num_heads: int, causal: bool, feature_map: str
 ) -> LinearAttention:
-    """Linear attention over copies of weights [3C, C], biases [3C] and an output projection."""
-    dim = qkv[0].shape[1]
-    made = LinearAttention(dim, num_heads, causal, feature_map=feature_map, device="meta")
-    made.qkv = _copied(*qkv)
-    if out is None:
-        made.proj = nn.Identity()
-    else:
-        made.proj = _copied(out.get_parameter("weight"), out._parameters.get("bias"))
+    """Linear attention over projections that are there already."""
+    made = LinearAttention(
+        qkv.in_features, num_heads, causal, feature_map=feature_map, device="meta"
+    )
+    made.qkv, made.proj = qkv, proj
     return made
 
 
-def _copied(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+@torch.no_grad()
+def _stacked(layers: Sequence[nn.Module]) -> nn.Linear:
+    """A copy of Linear layers, one below the other; the bias that one of several lacks is 0."""
+    weights = [layer.get_parameter("weight") for layer in layers]
+    biases = [layer._parameters.get("bias") for layer in layers]
+    weight = torch.cat([each.detach() for each in weights])
+    weight.requires_grad_(any(each.requires_grad for each in weights))
+    if all(bias is None for bias in biases):
+        return _filled(weight, None)
+    rows = [
+        each.new_zeros(len(each)) if bias is None else bias
+        for each, bias in zip(weights, biases, strict=True)
+    ]
+    return _filled(weight, torch.cat(rows))
+
+
+def _filled(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A Linear layer with a copy of a weight and of a bias, trained if the weight is."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:

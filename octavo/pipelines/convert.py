@@ -21,11 +21,12 @@ __all__ = ["convert_attention"]
 
 HEADLINE = "attentions are linear"
 NOTE = (
-    "The weights are those of the softmax attention, and what is computed from them is not: expect "
-    "an accuracy near chance until the model is distilled or fine-tuned. "
+    "The weights are those of the softmax attention, but something else is computed from them: "
+    "accuracy drops until the model is distilled or fine-tuned. "
     "octavo.layers.attention_pairs(model) gives each softmax attention with the linear one in its "
     "place."
 )
+UNREACHED = "the example never reached it"
 
 
 def convert_attention(
@@ -142,11 +143,11 @@ def _refused(
     example: Any,
 ) -> dict[str, str]:
     """Runs the model; name -> why an attention cannot be called as the model calls it."""
-    reasons = {name: "the example never reached it" for name in made}
+    reasons = dict.fromkeys(made, UNREACHED)
 
     def watch(name: str, new: nn.Module) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if reasons.get(name) == "the example never reached it":
+            if reasons.get(name) == UNREACHED:
                 del reasons[name]
             if isinstance(new, (LinearMultiheadAttention, LinearSelfAttention)):
                 try:
@@ -187,9 +188,7 @@ def _describe(choice: AttentionChoice, new: nn.Module | None) -> LayerSwap:
     dropout = _dropout(choice.module)
     if dropout:
         detail += f", without the dropout {dropout:g} of its weights"
-    return LayerSwap(
-        choice.name, kind, "linear attention", detail, None, before, held_bytes(new)
-    )
+    return LayerSwap(choice.name, kind, "linear attention", detail, None, before, held_bytes(new))
 
 
 def _dropout(module: nn.Module) -> float:

@@ -7,10 +7,15 @@ of TF32 for fp32. Sums are float32 throughout.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 __all__ = ["divide", "key_features", "operand", "product", "query_features"]
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""The interpreter has no products in bfloat16, and rounds to it by cutting bits off."""
 
 
 @triton.jit
@@ -53,14 +58,23 @@ def query_features(q, there, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, BITS: tl.constexpr):
+    """float32 x without its last BITS bits, rounded to nearest; NaN, which has others, stays."""
+    bits = (x.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def operand(x, KIND: tl.constexpr):
     """float32 x as the tensor cores take it, rounded to nearest."""
     if KIND == "bf16":
-        x = x.to(tl.bfloat16)
+        if INTERPRETED:
+            x = _rounded(x, 16)
+        else:
+            x = x.to(tl.bfloat16)
     elif KIND == "fp16":
-        # they would cut the last 13 bits off, which makes every sum too small; NaN has no others
-        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+        # they would cut these bits off, which makes every sum too small
+        x = _rounded(x, 13)
     return x
 
 

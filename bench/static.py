@@ -24,7 +24,13 @@ from typing import Any
 from bench.aot import CLASSES, SHARED_LIMIT, Variant, compile_variant
 from bench.results_file import RESULTS, write_results
 
-OPERATORS = ("dynamic_quantize", "int8_gemm", "static_quantize", "weight_only_gemm")
+OPERATORS = (
+    "dynamic_quantize",
+    "int8_gemm",
+    "linear_attention",
+    "static_quantize",
+    "weight_only_gemm",
+)
 """Operators with kernels; bench/<operator>.py names the forms in which they are launched."""
 MOST_PROCESSES = 8
 

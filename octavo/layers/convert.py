@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -174,7 +175,6 @@ TRANSFORMERS = {
     "ElectraSelfAttention": _BERT,
     "RobertaSelfAttention": _BERT,
     "ViTAttention": _VIT,
-    "ViTSelfAttention": _BERT,
     "XLMRobertaSelfAttention": _BERT,
 }
 """Classes whose forward computes nothing but softmax attention over these projections."""
@@ -243,6 +243,9 @@ def _why_not(module: nn.Module) -> str:
 
 
 def _why_not_transformers(module: nn.Module, parts: _Parts) -> str:
+    takes = [*inspect.signature(type(module).forward).parameters]
+    if takes[:3] != ["self", "hidden_states", "attention_mask"] or takes[-1] != "kwargs":
+        return f"its forward takes {', '.join(takes[1:])}, unlike that of transformers 5"
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return "config.output_attentions asks for its weights, which linear attention has not"
     if getattr(module, "position_embedding_type", "absolute") not in ("absolute", None):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import State, linear_attention, linear_attention_step
 from octavo.kernels.linear_attention import reference
 

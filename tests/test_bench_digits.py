@@ -46,7 +46,9 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(rows) == [digits.SOFTMAX, digits.LINEAR, digits.CONVERTED, digits.TUNED]
     assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
     assert rows[digits.TUNED]["seconds"] > 0 == rows[digits.CONVERTED]["epochs"]
-    assert all(rows[name]["latency_ms"]["p50"] > 0 for name in rows if name != digits.CONVERTED)
+    times = document["results"]["latency_ms"]
+    assert len(times) == 3 * len(digits.BATCHES)
+    assert all(row["p50"] > 0 and row["batch"] * row["steps"] == 8192 for row in times)
     assert document["command"].startswith("python -m bench.digits --epochs 2")
 
 

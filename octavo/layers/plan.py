@@ -115,7 +115,7 @@ def check_selectors(
     for given in selectors:
         if not any(_matches(given, name, module) for name, module in layers):
             raise InputError(
-                f"{given!r} matches no {what}; there are "
+                f"{given!r} matches no {what}; {what.split()[0]}s are "
                 f"{', '.join(name or '(the model)' for name, _ in layers[:8]) or 'none'}"
                 f"{', ...' if len(layers) > 8 else ''}"
             )

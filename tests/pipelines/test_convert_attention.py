@@ -362,6 +362,21 @@ def test_what_stays_is_named() -> None:
         assert reason in stays[name], name
 
 
+def test_hooks_are_not_lost() -> None:
+    model = encoder()
+    handle = model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    model.layers[1].self_attn.forward = model.layers[1].self_attn.forward
+    stays = reasons(convert_attention(model))
+    assert len(stays) == 2
+    assert all("which would be lost" in reason for reason in stays.values())
+    handle.remove()
+    assert list(reasons(convert_attention(model))) == ["layers.1.self_attn"]
+    bert = huggingface("Bert", implementation="eager")
+    bert(IDS, output_attentions=True)  # transformers leaves hooks of its own
+    assert bert.encoder.layer[0].attention.self._forward_hooks
+    assert not reasons(convert_attention(bert))
+
+
 def test_selectors() -> None:
     model = encoder()
     only = convert_attention(model, include=["layers.1.*"])
@@ -371,7 +386,7 @@ def test_selectors() -> None:
     }
     by_type = convert_attention(model, include=[nn.MultiheadAttention])
     assert by_type.octavo_summary.swapped == 2
-    with pytest.raises(InputError, match=r"'head' matches no attention; there are layers.0.self"):
+    with pytest.raises(InputError, match=r"'head' matches no attention; attentions are layers.0"):
         convert_attention(model, include=["head"])
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import linear_attention, linear_attention_step
-from octavo.kernels.linear_attention.schema import State
+from octavo.kernels.linear_attention.reference import FEATURE_MAPS, State
 
 __all__ = ["EfficientAttention", "LinearAttention"]
 
@@ -153,7 +153,7 @@ class LinearAttention(_SelfAttention):
         dtype: of the parameters.
 
     Raises:
-        InputError: sizes that do not fit.
+        InputError: sizes that do not fit, or a feature map that is not known.
     """
 
     def __init__(
@@ -168,6 +168,10 @@ class LinearAttention(_SelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, device, dtype)
+        if feature_map not in FEATURE_MAPS:
+            raise InputError(
+                f"feature_map {feature_map!r} is unknown; use one of {', '.join(FEATURE_MAPS)}"
+            )
         self.causal, self.feature_map = causal, feature_map
 
     def forward(

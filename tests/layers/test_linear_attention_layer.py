@@ -104,6 +104,40 @@ def test_two_layers_and_their_sizes(kind: type[nn.Module]) -> None:
         module(torch.zeros(2, 3, 24), torch.zeros(2, 4, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@torch.no_grad()
+def test_nothing_to_attend_to(kind: type[nn.Module], shape: tuple[int, int]) -> None:
+    for causal in (False, True):
+        module, x = layer(kind, causal=causal), torch.zeros(*shape, 24)
+        for mask in (None, torch.ones(shape, dtype=torch.bool)):
+            assert module(x, mask).shape == x.shape
+
+
+def test_a_sequence_of_padding_gives_the_bias() -> None:
+    module = layer(LinearAttention)
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    with torch.no_grad():
+        found = module(inputs(2, 5), mask)
+    assert torch.equal(found[1], module.proj.bias.expand(5, -1))
+
+
+def test_an_unknown_feature_map() -> None:
+    with pytest.raises(InputError, match=r"feature_map 'softmax' is unknown; use one of elu\+1"):
+        LinearAttention(8, 2, feature_map="softmax")
+
+
+def test_autocast() -> None:
+    x = inputs(2, 17)
+    for kind in KINDS:
+        module = layer(kind)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = module(x)
+        assert found.dtype == torch.bfloat16
+        with torch.no_grad():
+            torch.testing.assert_close(found.float(), module(x), rtol=3e-2, atol=3e-2)
+
+
 def test_weights_are_dropped_in_training_only() -> None:
     module, x = layer(EfficientAttention, attn_drop=0.5), inputs(2, 9)
     assert torch.equal(module(x), module(x))

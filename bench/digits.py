@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=40, help="of training from scratch")
     parser.add_argument("--tuning", type=int, default=15, help="epochs of fine-tuning")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of two timed calls each")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the model is small")
     parser.add_argument("--out", type=Path, help="folder of the results file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -30,6 +30,7 @@ OPERATORS = (
     "dynamic_quantize",
     "int8_conv2d",
     "int8_gemm",
+    "linear_attention",
     "static_quantize",
     "weight_only_gemm",
 )

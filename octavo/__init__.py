@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from octavo.pipelines.build import build, load
     from octavo.pipelines.calibrate import calibrate
     from octavo.pipelines.compare import compare
+    from octavo.pipelines.convert import convert_attention
     from octavo.pipelines.fuse import fuse
     from octavo.pipelines.quantize import quantize
 
@@ -39,6 +40,7 @@ __all__ = [
     "build",
     "calibrate",
     "compare",
+    "convert_attention",
     "fuse",
     "load",
     "load_data",
@@ -62,6 +64,7 @@ _HOME = {
     "calibrate": "octavo.pipelines.calibrate",
     "compare": "octavo.pipelines.compare",
     "fuse": "octavo.pipelines.fuse",
+    "convert_attention": "octavo.pipelines.convert",
     "load": "octavo.pipelines.build",
     "load_data": "octavo.calibration.data",
     "load_quantized": "octavo.layers.checkpoint",

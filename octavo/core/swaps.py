@@ -1,4 +1,4 @@
-"""What became of the layers of a model that was quantized."""
+"""What became of the layers of a model that was quantized or converted."""
 
 from __future__ import annotations
 
@@ -32,17 +32,21 @@ class LayerSwap:
 
 @dataclass(frozen=True)
 class SwapSummary:
-    """All layers with weights, in the order of `named_modules()`.
+    """All layers that could have changed, in the order of `named_modules()`.
 
     Attributes:
         layers: one entry a layer.
-        bytes_before: of all parameters and buffers of the float model.
-        bytes_after: of those of the quantized one.
+        bytes_before: of all parameters and buffers of the model that was given.
+        bytes_after: of those of the model that was made.
+        headline: ends the sentence "3 of 5 ...".
+        note: what a reader has to know before using the model; empty for nothing.
     """
 
     layers: tuple[LayerSwap, ...]
     bytes_before: int
     bytes_after: int
+    headline: str = "layers with weights are quantized"
+    note: str = ""
 
     @property
     def swapped(self) -> int:

@@ -15,6 +15,11 @@ from octavo.kernels.dynamic_quantize.schema import (
 )
 from octavo.kernels.int8_conv2d.schema import int8_conv2d
 from octavo.kernels.int8_gemm.schema import int8_gemm
+from octavo.kernels.linear_attention.schema import (
+    State,
+    linear_attention,
+    linear_attention_step,
+)
 from octavo.kernels.static_quantize.schema import static_quantize
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
 from octavo.kernels.zero_points import fold_zero_point
@@ -22,6 +27,7 @@ from octavo.kernels.zero_points import fold_zero_point
 __all__ = [
     "LayerNorm",
     "RmsNorm",
+    "State",
     "add_dynamic_quantize",
     "depthwise_conv1d",
     "depthwise_conv2d",
@@ -31,6 +37,8 @@ __all__ = [
     "fold_zero_point",
     "int8_conv2d",
     "int8_gemm",
+    "linear_attention",
+    "linear_attention_step",
     "static_quantize",
     "use_backend",
     "weight_only_gemm",

@@ -17,7 +17,7 @@ from octavo.layers.attention import RowsLinear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recipes import Int4WeightOnly, Int8Static, Int8WeightOnly, Recipe
 
-__all__ = ["Choice", "Selector", "plan"]
+__all__ = ["Choice", "Selector", "check_selectors", "plan", "selected"]
 
 Selector: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 """A pattern of names ("encoder.*.query"), a type, or a function of name and module."""
@@ -69,23 +69,17 @@ def plan(
     """
     overrides = dict(overrides or {})
     layers = list(_layers(model))
-    for given in (*(include or ()), *exclude, *overrides):
-        if not any(_matches(given, name, module) for name, module in layers):
-            raise InputError(
-                f"{given!r} matches no layer with weights; layers are "
-                f"{', '.join(name or '(the model)' for name, _ in layers[:8])}"
-                f"{', ...' if len(layers) > 8 else ''}"
-            )
+    check_selectors((*(include or ()), *exclude, *overrides), layers, "layer with weights")
     tied = _tied_elsewhere(model)
     choices = []
     for name, module in layers:
-        wanted = include is not None and _any(include, name, module)
+        wanted = include is not None and selected(include, name, module)
         chosen: Recipe | None = recipe
         for pattern, other in overrides.items():
             if fnmatch.fnmatchcase(name, pattern):
                 chosen = other
                 wanted = True
-        if _any(exclude, name, module):
+        if selected(exclude, name, module):
             reason = "excluded"
         elif chosen is None:
             reason = "left in float by an override"
@@ -106,6 +100,28 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def check_selectors(
+    selectors: Sequence[Selector], layers: Sequence[tuple[str, nn.Module]], what: str
+) -> None:
+    """Sees to it that each selector matches something.
+
+    Args:
+        selectors: to check.
+        layers: names and modules to choose from.
+        what: they are, in the singular, for the message.
+
+    Raises:
+        InputError: one matches nothing, or is of another kind.
+    """
+    for given in selectors:
+        if not any(_matches(given, name, module) for name, module in layers):
+            raise InputError(
+                f"{given!r} matches no {what}; {what.split()[0]}s are "
+                f"{', '.join(name or '(the model)' for name, _ in layers[:8]) or 'none'}"
+                f"{', ...' if len(layers) > 8 else ''}"
+            )
+
+
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
     if isinstance(selector, str):
         return fnmatch.fnmatchcase(name, selector)
@@ -119,7 +135,8 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
     )
 
 
-def _any(selectors: Sequence[Selector], name: str, module: nn.Module) -> bool:
+def selected(selectors: Sequence[Selector], name: str, module: nn.Module) -> bool:
+    """Whether one of several selectors matches a layer."""
     return any(_matches(selector, name, module) for selector in selectors)
 
 

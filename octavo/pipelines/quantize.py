@@ -29,6 +29,7 @@ from octavo.layers.smooth import Bound
 from octavo.layers.structure import Edits, take_apart
 from octavo.layers.swap import Made, install, quantized_layer
 from octavo.pipelines.convolutions import calibrate_convolutions
+from octavo.pipelines.models import evaluating, held_bytes, run_batch
 
 __all__ = ["quantize"]
 
@@ -80,7 +81,7 @@ def quantize(
     """
     _check(model, recipe, calibration, overrides)
     work = model if inplace else copy.deepcopy(model)
-    before, edits = _bytes(work), Edits()
+    before, edits = held_bytes(work), Edits()
     try:
         refused = take_apart(work, edits)
         choices = plan(work, recipe, include=include, exclude=exclude, overrides=overrides)
@@ -112,7 +113,7 @@ def quantize(
     refused.update(graph.refused)
     made.update(graph.made)
     swaps = [_describe(choice, made, refused) for choice in choices]
-    summary = SwapSummary(tuple(swaps), before, _bytes(work))
+    summary = SwapSummary(tuple(swaps), before, held_bytes(work))
     work.octavo_summary = summary  # type: ignore[assignment] # a plain attribute
     if verbose:
         from octavo.reports import print_swaps
@@ -162,22 +163,16 @@ def _calibrate(
     if calibration is None or not watched:
         return {}
     gram = [c.name for c in choices if isinstance(c.recipe, Int4WeightOnly)]
-    training = [module for module in model.modules() if module.training]
     total = len(calibration) if isinstance(calibration, Sized) else None
     count = 0
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            InputCollector(watched, gram=gram) as collector,
-            progress.task("Watching the layers' inputs", total) as advance,
-        ):
-            for count, batch in enumerate(calibration, 1):
-                _run(model, batch, count - 1)
-                advance(1)
-    finally:
-        for module in training:
-            module.training = True
+    with (
+        evaluating(model),
+        InputCollector(watched, gram=gram) as collector,
+        progress.task("Watching the layers' inputs", total) as advance,
+    ):
+        for count, batch in enumerate(calibration, 1):
+            run_batch(model, batch, f"calibration batch {count - 1}")
+            advance(1)
     if not count:
         raise CalibrationError("calibration has no batches; give a few batches of real inputs")
     if not collector.inputs:
@@ -198,28 +193,6 @@ def _share_inputs(layers: Mapping[str, nn.Module], inputs: dict[str, LayerInputs
             if other != name:
                 inputs[other].merge(inputs[name])
                 inputs[name] = inputs[other]
-
-
-def _run(model: nn.Module, batch: Any, number: int) -> None:
-    try:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
-    except (TypeError, RuntimeError) as error:
-        raise InputError(
-            f"calibration batch {number} ({_kind(batch)}) does not fit the model: {error}"
-        ) from error
-
-
-def _kind(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"keyword arguments {', '.join(map(str, batch))}"
-    if isinstance(batch, (tuple, list)):
-        return f"{len(batch)} arguments; if one is the labels, leave it out"
-    return type(batch).__name__
 
 
 def _make(
@@ -272,20 +245,14 @@ def _bound(observer: str) -> Bound:
 
 
 def _describe(choice: Choice, made: Mapping[str, Made], refused: Mapping[str, str]) -> LayerSwap:
-    kind, before = type(choice.module).__name__, _bytes(choice.module, recurse=False)
+    kind, before = type(choice.module).__name__, held_bytes(choice.module, recurse=False)
     kind = {"RowsLinear": "Linear"}.get(kind, kind)
     if choice.name in made:
         new = made[choice.name]
         recurrent = isinstance(choice.module, (nn.LSTM, nn.GRU))
         became = "int8 dynamic" if recurrent else str(choice.recipe)
-        after = _bytes(new.layer)
+        after = held_bytes(new.layer)
         return LayerSwap(choice.name, kind, became, new.detail, new.sqnr_db, before, after)
     reason = choice.reason or "calibration data never reached it"
     reason = refused.get(choice.name, refused.get(choice.name.rpartition(".")[0], reason))
     return LayerSwap(choice.name, kind, "", reason, None, before, before)
-
-
-def _bytes(module: nn.Module, *, recurse: bool = True) -> int:
-    held = [*module.parameters(recurse), *module.buffers(recurse)]
-    unique = {id(tensor): tensor for tensor in held}
-    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())

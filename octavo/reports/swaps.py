@@ -1,4 +1,4 @@
-"""What `octavo.quantize` did to a model, on a terminal."""
+"""What `octavo.quantize` or `octavo.convert_attention` did to a model, on a terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ def print_swaps(summary: SwapSummary, console: Console | None = None) -> None:
     """
     out = Printer(console)
     total = len(summary.layers)
-    out.line(
-        f"{summary.swapped} of {total} layers with weights are quantized; the model takes "
-        f"{format_size(summary.bytes_after)} instead of {format_size(summary.bytes_before)}.",
-        style="bold",
-    )
+    after, before = format_size(summary.bytes_after), format_size(summary.bytes_before)
+    sizes = f"the model takes {after}" + (f" instead of {before}" if after != before else "")
+    out.line(f"{summary.swapped} of {total} {summary.headline}; {sizes}.", style="bold")
     out.line()
     table = out.table(
         [
@@ -40,16 +38,15 @@ def print_swaps(summary: SwapSummary, console: Console | None = None) -> None:
     )
     for layers in _groups(summary.layers):
         first = layers[0]
-        before, after = (
-            sum(getattr(layer, field) for layer in layers)
-            for field in ("bytes_before", "bytes_after")
-        )
         name = _pattern(first.name) if len(layers) > 1 else first.name or "(the model)"
-        size = format_size(after) + (f"\nwas {format_size(before)}" if first.became else "")
+        size = _size(layers)
         became = first.became.replace(", ", "\n") or "as before"
         cells = [f"{name}\n{_details(layers)}", f"{len(layers)}", first.kind, became, size]
         out.row(table, cells, style="" if first.became else "dim")
     out.show(table)
+    if summary.note:
+        out.line()
+        out.line(summary.note)
 
 
 def _groups(layers: Sequence[LayerSwap]) -> Iterable[list[LayerSwap]]:
@@ -59,6 +56,12 @@ def _groups(layers: Sequence[LayerSwap]) -> Iterable[list[LayerSwap]]:
         key = (_pattern(layer.name), layer.kind, layer.became, why)
         groups.setdefault(key, []).append(layer)
     return groups.values()
+
+
+def _size(layers: Sequence[LayerSwap]) -> str:
+    before = format_size(sum(layer.bytes_before for layer in layers))
+    after = format_size(sum(layer.bytes_after for layer in layers))
+    return after if before == after else f"{after}\nwas {before}"
 
 
 def _pattern(name: str) -> str:

@@ -1,0 +1,123 @@
+"""Linear attention: the variants that the ahead-of-time gate compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bench.aot import ARCHITECTURES, UNLIKE, Variant
+
+FOLDER = "octavo.kernels.linear_attention"
+INPUT_STRIDES = tuple(f"stride_{name}{axis}" for name in "qkv" for axis in "bth")
+NEVER_ALIGNED = ("T", "chunk", "sequences", "mask_ptr", "cu_ptr")
+
+
+def static_variants() -> Iterator[Variant]:
+    """Every kernel as the rule launches it: head sizes, dtypes, masks, packed sequences."""
+    for d in (64, 128, 256):
+        for causal in (False, True):
+            for kernel in ("states_kernel", "outputs_kernel"):
+                yield _chunks(kernel, d, d, "bf16", causal)
+    for kind in ("fp16", "fp32"):
+        for d in (64, 256):
+            for kernel in ("states_kernel", "outputs_kernel"):
+                yield _chunks(kernel, d, d, kind, True)
+    for kernel in ("states_kernel", "outputs_kernel"):
+        yield _chunks(kernel, 80, 40, "bf16", True, masked=True, packed=True)
+        yield _chunks(kernel, 16, 16, "bf16", True)
+    for causal in (False, True):
+        yield _scan(causal, causal)
+    yield _step(128, "bf16")
+    yield _step(256, "fp32")
+
+
+def _chunks(
+    kernel: str,
+    d: int,
+    e: int,
+    kind: str,
+    causal: bool,
+    *,
+    masked: bool = False,
+    packed: bool = False,
+) -> Variant:
+    from octavo.kernels.linear_attention.tiles import config, padded
+
+    chosen = dict(config(1 << 16, 16, d, e, itemsize=4 if kind == "fp32" else 2))
+    del chosen["CHUNK"]
+    tokens = "qkv" if kernel == "outputs_kernel" else "kv"
+    types: dict[str, str] = {f"{name}_ptr": f"*{kind}" for name in tokens}
+    types |= {"mask_ptr": "*u8", "cu_ptr": "*i32", "kv_ptr": "*fp32", "z_ptr": "*fp32"}
+    types |= dict.fromkeys(("T", "H", "D", "E", "chunk", "sequences"), "i32")
+    types |= {name: "i64" for name in INPUT_STRIDES if name[7] in tokens}
+    types |= dict.fromkeys(("stride_kv", "stride_z"), "i64")
+    constants: dict[str, Any] = {
+        "FEATURE_MAP": "elu+1",
+        "KIND": kind,
+        "CAUSAL": causal,
+        "MASKED": masked,
+        "PACKED": packed,
+        "BLOCK_D": padded(d),
+    }
+    if tokens == "qkv":
+        types |= {"kv_out_ptr": "*fp32", "z_out_ptr": "*fp32", "out_ptr": f"*{kind}"}
+        types |= {"eps": "fp32"}
+        constants |= {"INITIAL": True, "FINAL": causal}
+    aligned = tuple(
+        name
+        for name in types
+        if name not in (*NEVER_ALIGNED, "eps") and not (name in ("D", "E") and (d | e) % 16)
+    )
+    words = [f"{d}x{e}", kind, "causal" if causal else "all keys"]
+    words += ["mask"] * masked + ["packed"] * packed
+    return Variant(
+        f"linear_attention: {kernel.split('_')[0]} {', '.join(words)}",
+        f"{FOLDER}.triton_chunks",
+        kernel,
+        types,
+        constants,
+        aligned,
+        chosen,
+        architectures=ARCHITECTURES if d == 128 or kind == "fp32" else UNLIKE,
+    )
+
+
+def _scan(causal: bool, packed: bool) -> Variant:
+    from octavo.kernels.linear_attention.triton import SCAN_BLOCK
+
+    pointers = ("states_ptr", "kv_ptr", "z_ptr", "kv_out_ptr", "z_out_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | {"cu_ptr": "*i32"}
+    types |= dict.fromkeys(("T", "H", "D", "E", "chunk"), "i32")
+    return Variant(
+        f"linear_attention: scan, {'causal, packed' if causal else 'all keys'}",
+        f"{FOLDER}.triton_chunks",
+        "scan_kernel",
+        types,
+        {"INITIAL": True, "CAUSAL": causal, "PACKED": packed, "BLOCK": SCAN_BLOCK},
+        (*pointers, "H", "D", "E"),
+        architectures=UNLIKE,
+    )
+
+
+def _step(d: int, kind: str) -> Variant:
+    from octavo.kernels.linear_attention.tiles import padded
+    from octavo.kernels.linear_attention.triton import STEP_BLOCK
+
+    types = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}
+    types |= {"kv_ptr": "*fp32", "z_ptr": "*fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("H", "D", "E"), "i32")
+    types |= {f"stride_{name}{axis}": "i64" for name in "qkv" for axis in "bh"}
+    return Variant(
+        f"linear_attention: step {d}x{d}, {kind}",
+        f"{FOLDER}.triton_step",
+        "step_kernel",
+        types,
+        {
+            "FEATURE_MAP": "elu+1",
+            "BLOCK_D": padded(d),
+            "BLOCK_E": min(padded(d), STEP_BLOCK // padded(d)),
+        },
+        tuple(name for name in types if name != "eps"),
+        {"num_warps": 4},
+        architectures=UNLIKE,
+    )

@@ -1,0 +1,180 @@
+"""Launches the Triton kernels: cuts the call into chunks and lends the memory they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+
+from octavo.kernels.linear_attention.reference import EPS, Options, State
+from octavo.kernels.linear_attention.tiles import config, padded
+from octavo.kernels.linear_attention.triton_chunks import (
+    outputs_kernel,
+    scan_kernel,
+    states_kernel,
+)
+from octavo.kernels.linear_attention.triton_step import step_kernel
+
+__all__ = ["linear_attention", "linear_attention_step"]
+
+KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+SCAN_BLOCK = 1024
+STEP_BLOCK = 8192
+"""Values of a state that a step's program holds at a time."""
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    tiles: Mapping[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `schema.linear_attention`; `tiles` replaces what `tiles.config` says."""
+    (batch, rows, heads, d), e = q.shape, v.shape[-1]
+    sequences = batch if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
+    kinds: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    out = torch.empty((batch, rows, heads, e), dtype=q.dtype, device=q.device)
+    # causal results need no sum over the whole sequence
+    count = sequences if options.return_state or not options.causal else 0
+    total = State(
+        torch.empty((count, heads, d, e), **kinds), torch.empty((count, heads, d), **kinds)
+    )
+    if sequences * heads:
+        if tiles is None:
+            tiles = config(batch * rows, heads, d, e, itemsize=q.element_size())
+        with torch.cuda.device_of(q):
+            _Launches(q, k, v, options, tiles, sequences, out, total).run()
+    if not options.return_state:
+        return out, out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
+    return out, total.kv, total.normalizer
+
+
+class _Launches:
+    """The kernels of one call; all tensors that it takes are there, though some may be empty."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        options: Options,
+        tiles: Mapping[str, int],
+        sequences: int,
+        out: torch.Tensor,
+        total: State,
+    ) -> None:
+        self._q, self._k, self._v = (_rows_contiguous(one) for one in (q, k, v))
+        self._options, self._sequences = options, sequences
+        self._out, self._total = out, total
+        self._sizes = (q.shape[2], q.shape[3], v.shape[3])
+        self._chunk = tiles["CHUNK"]
+        # an argument that is not there still needs a pointer, which is never read
+        mask, self._cu = options.key_padding_mask, options.cu_seqlens
+        self._mask = out if mask is None else mask.contiguous().view(torch.uint8)
+        self._blocks = triton.cdiv(v.shape[3], tiles["BLOCK_E"])
+        self._constants = {
+            "FEATURE_MAP": options.feature_map,
+            "KIND": KINDS[q.dtype],
+            "CAUSAL": options.causal,
+            "MASKED": mask is not None,
+            "PACKED": options.cu_seqlens is not None,
+            "BLOCK_T": tiles["BLOCK_T"],
+            "BLOCK_D": padded(q.shape[3]),
+            "BLOCK_E": tiles["BLOCK_E"],
+            "num_warps": tiles["num_warps"],
+            "num_stages": tiles["num_stages"],
+        }
+
+    def run(self) -> None:
+        """Fills `out` and, unless it is empty, `total`."""
+        initial, causal = self._options.initial, self._options.causal
+        slots = self._slots(self._k.shape[1])
+        one_chunk_each = slots == self._sequences
+        if one_chunk_each and causal:
+            self._outputs(initial)
+        elif one_chunk_each and initial is None:
+            self._states(slots, self._total)
+            self._outputs(self._total)
+        else:
+            heads, d, e = self._sizes
+            size = d * e + d
+            states = torch.empty(slots * heads * size, dtype=torch.float32, device=self._q.device)
+            parts = State(states, states[d * e :])
+            self._states(slots, parts, size)
+            self._scan(states)
+            self._outputs(parts if causal else self._total, size if causal else None)
+
+    def _slots(self, rows: int) -> int:
+        """Chunks there may be in that many rows of each sequence, or of all that are packed."""
+        if self._cu is not None:
+            return rows // self._chunk + self._sequences
+        return self._sequences * max(1, triton.cdiv(rows, self._chunk))
+
+    def _strides(self, size: int | None) -> tuple[int, int]:
+        """Of kv and normaliser, from head to head; where they are side by side that is `size`."""
+        _, d, e = self._sizes
+        return (d * e, d) if size is None else (size, size)
+
+    def _states(self, slots: int, to: State, size: int | None = None) -> None:
+        states_kernel[(slots * self._sizes[0] * self._blocks,)](
+            self._k, self._v, self._mask, self._lengths(), *to,
+            self._k.shape[1], *self._sizes, self._chunk, self._sequences,
+            *self._k.stride()[:3], *self._v.stride()[:3], *self._strides(size), **self._constants,
+        )  # fmt: skip
+
+    def _scan(self, states: torch.Tensor) -> None:
+        heads, d, e = self._sizes
+        initial = self._options.initial
+        blocks = triton.cdiv(d * e + d, SCAN_BLOCK)
+        scan_kernel[(self._sequences * heads * blocks,)](
+            states, *_contiguous(initial or State(states, states)), *self._total,
+            self._lengths(), self._k.shape[1], heads, d, e, self._chunk,
+            INITIAL=initial is not None, CAUSAL=self._options.causal,
+            PACKED=self._cu is not None, BLOCK=SCAN_BLOCK,
+        )  # fmt: skip
+
+    def _outputs(self, state: State | None, size: int | None = None) -> None:
+        slots = self._slots(self._q.shape[1])
+        outputs_kernel[(slots * self._sizes[0] * self._blocks,)](
+            self._q, self._k, self._v, self._mask, self._lengths(),
+            *_contiguous(state or State(self._out, self._out)), *self._total, self._out,
+            self._q.shape[1], *self._sizes, self._chunk, self._sequences, self._options.eps,
+            *self._q.stride()[:3], *self._k.stride()[:3], *self._v.stride()[:3],
+            *self._strides(size),
+            INITIAL=state is not None, FINAL=self._options.return_state, **self._constants,
+        )  # fmt: skip
+
+    def _lengths(self) -> torch.Tensor:
+        return self._out if self._cu is None else self._cu.contiguous()
+
+
+def linear_attention_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State, feature_map: str
+) -> torch.Tensor:
+    """See `schema.linear_attention_step`."""
+    (batch, heads, d), e = q.shape, v.shape[-1]
+    out = torch.empty((batch, heads, e), dtype=q.dtype, device=q.device)
+    if out.numel():
+        q, k, v = (_rows_contiguous(one) for one in (q, k, v))
+        block_d = padded(d)
+        with torch.cuda.device_of(q):
+            step_kernel[(batch * heads,)](
+                q, k, v, *state, out, heads, d, e, EPS,
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                FEATURE_MAP=feature_map, BLOCK_D=block_d,
+                BLOCK_E=min(padded(e), max(16, STEP_BLOCK // block_d)), num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """The same values with the last axis contiguous; copied where it is not."""
+    x = x.detach()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(state: State) -> State:
+    return State(*(one.detach().contiguous() for one in state))

@@ -1,0 +1,44 @@
+"""Kernel of a decoding step: a program takes a head, and its state once in and once out."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.linear_attention.triton_features import divide, key_features, query_features
+
+__all__ = ["step_kernel"]
+
+
+@triton.jit
+def step_kernel(
+    q_ptr, k_ptr, v_ptr, kv_ptr, z_ptr, out_ptr, H, D, E, eps,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    FEATURE_MAP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Kv [B, H, D, E] += phi(k) v^T, z [B, H, D] += phi(k), then out [B, H, E]; all float32."""
+    place = tl.program_id(0).to(tl.int64)
+    batch, head = place // H, place % H
+    # [1, BLOCK_D]
+    ds = tl.arange(0, BLOCK_D)[None, :]
+    there = ds < D
+    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + ds, mask=there, other=0.0)
+    k = tl.load(k_ptr + batch * stride_kb + head * stride_kh + ds, mask=there, other=0.0)
+    queries = query_features(q, there, FEATURE_MAP)
+    keys = key_features(k, there, FEATURE_MAP)
+    z = tl.load(z_ptr + place * D + ds, mask=there, other=0.0) + keys
+    tl.store(z_ptr + place * D + ds, z, mask=there)
+    normalizer = tl.sum(queries * z)
+    queries, keys = tl.trans(queries), tl.trans(keys)
+    v_row = v_ptr + batch * stride_vb + head * stride_vh
+    in_column = kv_ptr + place * D * E + tl.trans(ds) * E
+    for first in range(0, E, BLOCK_E):
+        es = first + tl.arange(0, BLOCK_E)[None, :]
+        inside = tl.trans(there) & (es < E)
+        # [BLOCK_D, BLOCK_E]
+        v = tl.load(v_row + es, mask=es < E, other=0.0).to(tl.float32)
+        kv = tl.load(in_column + es, mask=inside, other=0.0) + keys * v
+        tl.store(in_column + es, kv, mask=inside)
+        sums = tl.sum(queries * kv, axis=0)[None, :]
+        out = divide(sums, normalizer, eps).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place * E + es, out, mask=es < E)

@@ -207,7 +207,7 @@ def test_gradients(
         found, last = linear_attention(q, k, v, initial_state=first, return_state=True, **options)
         return found, *last
 
-    assert torch.autograd.gradcheck(call, inputs, eps=1e-7, atol=1e-4)
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
 def test_gradients_of_some_inputs_only() -> None:

@@ -14,17 +14,18 @@ NEVER_ALIGNED = ("T", "chunk", "sequences", "mask_ptr", "cu_ptr", "eps")
 
 def static_variants() -> Iterator[Variant]:
     """Every kernel as the rule launches it: head sizes, dtypes, masks, packed sequences."""
-    for d in (64, 128, 256):
-        for causal in (False, True):
-            for kernel in ("states_kernel", "outputs_kernel"):
-                yield _chunks(kernel, d, d, "bf16", causal)
-    for kind in ("fp16", "fp32"):
-        for d in (64, 256):
-            for kernel in ("states_kernel", "outputs_kernel"):
-                yield _chunks(kernel, d, d, kind, True)
+    forms: list[tuple[int, int, str, bool]] = [
+        *((d, d, "bf16", causal) for d in (64, 128, 256) for causal in (False, True)),
+        *((d, d, "fp16", causal) for d in (64, 256) for causal in (False, True)),
+        (64, 64, "fp32", True),
+        *((d, d, "fp32", False) for d in (64, 256)),
+        (16, 16, "bf16", True),
+    ]
     for kernel in ("states_kernel", "outputs_kernel"):
-        yield _chunks(kernel, 80, 40, "bf16", True, masked=True, packed=True)
-        yield _chunks(kernel, 16, 16, "bf16", True)
+        for form in forms:
+            yield _chunks(kernel, *form)
+        for causal in (False, True):
+            yield _chunks(kernel, 80, 40, "bf16", causal, masked=True, packed=True)
     for causal in (False, True):
         yield _scan(causal, causal)
     yield _step(128, "bf16")

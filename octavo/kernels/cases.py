@@ -22,7 +22,13 @@ __all__ = [
     "parse_shape",
 ]
 
-OPERATORS = ("int8_gemm", "dynamic_quantize", "weight_only_gemm", "static_quantize")
+OPERATORS = (
+    "int8_gemm",
+    "dynamic_quantize",
+    "weight_only_gemm",
+    "static_quantize",
+    "linear_attention",
+)
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
 COMPARED_ROWS = 256
 """Rows of a large result that are checked, spread over all of it."""

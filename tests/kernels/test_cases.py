@@ -20,6 +20,7 @@ SHAPES = {
     "dynamic_quantize": (17, 96),
     "weight_only_gemm": (3, 64, 128),
     "static_quantize": (17, 96),
+    "linear_attention": (9, 40, 2, 16),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 

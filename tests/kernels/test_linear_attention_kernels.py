@@ -240,3 +240,71 @@ def test_every_cut_can_run(kind: str, causal: bool) -> None:
             assert one["CHUNK"] % one["BLOCK_T"] == 0
             assert 16 <= one["BLOCK_E"] <= tiles.padded(e)
             assert one["BLOCK_T"] <= 256
+
+
+def moved(rows: int, chosen: dict[str, int], causal: bool, extra: bool) -> tuple[int, int]:
+    options: dict[str, Any] = {"kind": "fp32", "causal": causal}
+    options |= {"carried": extra, "returned": extra}
+    return tiles.moved_bytes((rows, rows), 2, 3, (20, 40), chosen, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("rows", [20, 40])
+def test_bytes_are_what_the_kernels_load_and_store(
+    rows: int, extra: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the interpreter, lane by lane."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU does not count")
+    count = 0
+
+    def counted(name: str) -> None:
+        method = getattr(interpreter.InterpreterBuilder, name)
+
+        def call(self: Any, pointers: Any, *rest: Any) -> Any:
+            nonlocal count
+            mask = rest[0] if name.endswith("load") else rest[1]
+            lanes = int(mask.data.sum()) if mask.data.shape == pointers.data.shape else None
+            assert lanes is not None
+            count += lanes * (pointers.get_element_ty().primitive_bitwidth // 8)
+            return method(self, pointers, *rest)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
+
+    counted("create_masked_load")
+    counted("create_masked_store")
+    state = state_of(2, 3, 20, 40) if extra else None
+    chosen = {**SMALL, "BLOCK_E": 32}
+    options = Options("elu+1", causal, extra, EPS, None, None, state)
+    body.linear_attention(*tokens(2, rows, 3, 20, 40), options, chosen)
+    if not causal and not extra:  # the state is stored where a caller would have got it
+        assert count == moved(rows, chosen, causal, extra)[0]
+    assert count == moved(rows, chosen, causal, extra)[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "all_keys", "causal"),
+    [
+        ((1, 8192, 96, 128), 1.2, 2.6),
+        ((2, 16384, 16, 128), 1.2, 3.5),
+        ((4, 2048, 16, 128), 1.8, 3.4),
+        ((4, 4096, 64, 128), 1.2, 2.6),
+        ((8, 1024, 8, 64), 1.5, 1.9),
+        ((8, 2048, 32, 256), 2.7, 8.6),
+        ((1, 32768, 32, 64), 1.1, 1.6),
+    ],
+    ids=str,
+)
+def test_bytes_against_the_least(
+    shape: tuple[int, int, int, int], all_keys: float, causal: float
+) -> None:
+    """How many times the least the rule's cut loads and stores, caches not counted."""
+    batch, rows, heads, d = shape
+    for is_causal, bound in ((False, all_keys), (True, causal)):
+        kind: dict[str, Any] = {"kind": "bf16", "causal": is_causal}
+        chosen = tiles.config(batch * rows, heads, d, d, **kind)
+        found, least = tiles.moved_bytes((rows, rows), batch, heads, (d, d), chosen, **kind)
+        assert least == 4 * 2 * batch * rows * heads * d
+        assert 1 <= found / least <= bound

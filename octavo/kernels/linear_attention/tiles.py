@@ -14,19 +14,29 @@ LEAST_CHUNK = 256
 """Rows below which a chunk's state is more to move than its keys and values."""
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
-CAUSAL = {  # kind, padded D -> BLOCK_T, BLOCK_E, num_warps
-    ("bf16", 64): (32, 64, 4),
-    ("bf16", 128): (32, 32, 8),
-    ("bf16", 256): (32, 16, 8),
-    ("fp16", 64): (32, 32, 4),
-    ("fp16", 128): (32, 32, 8),
-    ("fp16", 256): (16, 16, 8),
-    ("fp32", 64): (16, 32, 8),
-    ("fp32", 128): (16, 16, 8),
-    ("fp32", 256): (16, 16, 8),
+CAUSAL = {
+    ("bf16", 64): (32, 64, 4, 2),
+    ("bf16", 128): (32, 32, 8, 1),
+    ("bf16", 256): (32, 16, 8, 1),
+    ("fp16", 64): (32, 32, 4, 1),
+    ("fp16", 128): (32, 32, 8, 1),
+    ("fp16", 256): (16, 16, 8, 1),
+    ("fp32", 64): (16, 16, 8, 1),
 }
-"""A causal program holds its state, queries, keys and weights at once. These leave no register
-to spill on any architecture; wider ones are among the candidates."""
+"""Kind and padded D -> BLOCK_T, BLOCK_E, num_warps, num_stages. A causal program holds its state,
+queries, keys and weights at once; these leave no register to spill on any architecture."""
+ALL_KEYS = {
+    ("bf16", 64): (64, 64, 4, 2),
+    ("bf16", 128): (64, 128, 8, 2),
+    ("bf16", 256): (64, 64, 8, 2),
+    ("fp16", 64): (64, 64, 4, 2),
+    ("fp16", 128): (64, 64, 8, 2),
+    ("fp16", 256): (32, 32, 8, 2),
+    ("fp32", 64): (32, 64, 8, 2),
+    ("fp32", 128): (32, 32, 8, 2),
+    ("fp32", 256): (16, 32, 8, 1),
+}
+"""The same where queries see all keys."""
 
 
 def padded(size: int) -> int:
@@ -42,7 +52,7 @@ def config(
     Args:
         rows: tokens of all sequences.
         heads: of a token.
-        d: length of queries and keys, up to 256.
+        d: length of queries and keys, up to 256; of causal fp32 up to 64.
         e: length of values.
         kind: of q, k and v: fp16, bf16 or fp32.
         causal: whether it is.
@@ -52,18 +62,10 @@ def config(
         CHUNK (rows that a program takes), BLOCK_T (of which so many at a time), BLOCK_E,
         num_warps, num_stages.
     """
-    block_d = padded(d)
-    if causal:
-        block_t, block_e, warps = CAUSAL[kind, max(64, block_d)]
-        stages = 2 if (kind, block_d) <= ("bf16", 64) else 1
-    else:
-        block_t, stages = (32 if kind == "fp32" else 64), 2
-        block_e = min(128, (8192 if kind == "fp32" else 16384) // block_d)
-        if kind == "fp32":
-            block_e = min(block_e, 64)
-        warps = 8 if block_d * block_e > 4096 else 4
-    block_e = min(padded(e), block_e)
-    return _cut(rows, heads, e, processors, (block_t, block_e, warps, stages))
+    table = CAUSAL if causal else ALL_KEYS
+    block_t, block_e, warps, stages = table[kind, max(64, padded(d))]
+    form = (block_t, min(padded(e), block_e), warps, stages)
+    return _cut(rows, heads, e, processors, form)
 
 
 def candidates(

@@ -22,7 +22,7 @@ from octavo.kernels.tuning import best, size_bucket
 __all__ = ["linear_attention", "linear_attention_step"]
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-SCAN_BLOCK = 1024
+SCAN_BLOCK = 512
 MAX_STRIDE = 1 << 23
 """From one token to the next, in values; 256 tokens are at most in a block."""
 STEP_BLOCK = 8192

@@ -231,6 +231,8 @@ SIZES = ((16, 16), (40, 80), (64, 64), (128, 128), (256, 32), (256, 256))
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_cut_can_run(kind: str, causal: bool) -> None:
     for (d, e), rows in itertools.product(SIZES, (1, 1000, 1 << 16)):
+        if causal and kind == "fp32" and d > 64:
+            continue  # the schema refuses them
         options: dict[str, Any] = {"kind": kind, "causal": causal}
         rule = tiles.config(rows, 16, d, e, **options)
         offered = list(tiles.candidates(rows, 16, d, e, **options))
@@ -266,9 +268,8 @@ def test_bytes_are_what_the_kernels_load_and_store(
         def call(self: Any, pointers: Any, *rest: Any) -> Any:
             nonlocal count
             mask = rest[0] if name.endswith("load") else rest[1]
-            lanes = int(mask.data.sum()) if mask.data.shape == pointers.data.shape else None
-            assert lanes is not None
-            count += lanes * (pointers.get_element_ty().primitive_bitwidth // 8)
+            assert mask.data.shape == pointers.data.shape
+            count += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
             return method(self, pointers, *rest)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
@@ -279,8 +280,6 @@ def test_bytes_are_what_the_kernels_load_and_store(
     chosen = {**SMALL, "BLOCK_E": 32}
     options = Options("elu+1", causal, extra, EPS, None, None, state)
     body.linear_attention(*tokens(2, rows, 3, 20, 40), options, chosen)
-    if not causal and not extra:  # the state is stored where a caller would have got it
-        assert count == moved(rows, chosen, causal, extra)[0]
     assert count == moved(rows, chosen, causal, extra)[0]
 
 

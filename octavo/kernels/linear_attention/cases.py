@@ -42,7 +42,7 @@ def cases(
 ) -> list[Case]:
     """Over all keys, causal, and with a padding mask; B x T x H x D."""
     return [
-        _case(*shape, dtype or torch.bfloat16, causal, masked)
+        _case(shape, dtype or torch.bfloat16, causal, masked)
         for shape in shapes or dict.fromkeys(SHAPES)
         for causal, masked in ((False, False), (True, False), (False, True))
     ]
@@ -53,7 +53,9 @@ def small_shapes() -> list[tuple[int, ...]]:
     return [(1, 512, 4, 64), (2, 1024, 4, 64), (1, 4096, 4, 64)]
 
 
-def _case(b: int, t: int, h: int, d: int, dtype: torch.dtype, causal: bool, masked: bool) -> Case:
+def _case(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, masked: bool) -> Case:
+    b, t, h, d = shape
+
     def make(device: torch.device) -> dict[str, Any]:
         random = torch.Generator(device).manual_seed(b + t + h + d)
         arguments: dict[str, Any] = {
@@ -67,7 +69,7 @@ def _case(b: int, t: int, h: int, d: int, dtype: torch.dtype, causal: bool, mask
     return Case(
         operator="linear_attention",
         name=f"{b}x{t}x{h}x{d} {SHORT[dtype]}" + " causal" * causal + " mask" * masked,
-        shape=(b, t, h, d),
+        shape=shape,
         dtype=dtype,
         bytes=4 * b * t * h * d * dtype.itemsize + b * t * masked,
         # both products with the state

@@ -16,12 +16,12 @@ SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 CAUSAL = {
     ("bf16", 64): (32, 64, 4, 2),
-    ("bf16", 128): (32, 32, 8, 1),
+    ("bf16", 128): (16, 32, 8, 1),
     ("bf16", 256): (16, 16, 8, 1),
     ("fp16", 64): (32, 32, 4, 1),
     ("fp16", 128): (32, 32, 8, 1),
     ("fp16", 256): (16, 16, 8, 1),
-    ("fp32", 64): (16, 16, 8, 1),
+    ("fp32", 64): (16, 16, 8, 2),
 }
 """Kind and padded D -> BLOCK_T, BLOCK_E, num_warps, num_stages. A causal program holds its state,
 queries, keys and weights at once; these leave no register to spill on any architecture."""

@@ -155,7 +155,7 @@ class _Launches:
         """Chunks there may be in that many rows of each sequence, or of all that are packed."""
         if self._cu is not None:
             return rows // self._chunk + self._sequences
-        return self._sequences * max(1, triton.cdiv(rows, self._chunk))
+        return self._sequences * max(1, -(-rows // self._chunk))
 
     def _strides(self, size: int | None) -> tuple[int, int]:
         """Of kv and normaliser, from head to head; where they are side by side that is `size`."""

@@ -42,11 +42,13 @@ def _chunks(
     masked: bool = False,
     packed: bool = False,
 ) -> Variant:
-    from octavo.kernels.linear_attention.tiles import config, padded
+    from octavo.kernels.linear_attention.tiles import config, for_states, padded
 
-    chosen = dict(config(1 << 16, 16, d, e, kind=kind, causal=causal))
-    del chosen["CHUNK"]
-    tokens = "qkv" if kernel == "outputs_kernel" else "kv"
+    if kernel == "outputs_kernel":
+        tokens, chosen = "qkv", config(1 << 16, 16, d, e, kind=kind, causal=causal)
+        del chosen["CHUNK"]
+    else:
+        tokens, chosen = "kv", for_states(d, e, kind)
     types: dict[str, str] = {f"{name}_ptr": f"*{kind}" for name in tokens}
     types |= {"mask_ptr": "*u8", "cu_ptr": "*i32", "kv_ptr": "*fp32", "z_ptr": "*fp32"}
     types |= dict.fromkeys(("T", "H", "chunk", "sequences"), "i32")

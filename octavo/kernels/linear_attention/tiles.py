@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-__all__ = ["candidates", "config", "moved_bytes", "padded"]
+__all__ = ["candidates", "config", "for_states", "moved_bytes", "padded"]
 
 Tiles = dict[str, int]
 
@@ -14,6 +14,7 @@ LEAST_CHUNK = 256
 """Rows below which a chunk's state is more to move than its keys and values."""
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
+FORM = ("BLOCK_T", "BLOCK_E", "num_warps", "num_stages")
 CAUSAL = {
     ("bf16", 64): (32, 64, 4, 2),
     ("bf16", 128): (16, 32, 8, 2),
@@ -36,7 +37,7 @@ ALL_KEYS = {
     ("fp32", 128): (32, 32, 8, 2),
     ("fp32", 256): (16, 32, 8, 1),
 }
-"""The same where queries see all keys."""
+"""The same where queries see all keys, and for the states of chunks in either case."""
 
 
 def padded(size: int) -> int:
@@ -62,10 +63,13 @@ def config(
         CHUNK (rows that a program takes), BLOCK_T (of which so many at a time), BLOCK_E,
         num_warps, num_stages.
     """
-    table = CAUSAL if causal else ALL_KEYS
-    block_t, block_e, warps, stages = table[kind, max(64, padded(d))]
-    form = (block_t, min(padded(e), block_e), warps, stages)
+    form = _form(CAUSAL if causal else ALL_KEYS, d, e, kind)
     return _cut(rows, heads, e, processors, form)
+
+
+def for_states(d: int, e: int, kind: str) -> Tiles:
+    """The fields of `config` but CHUNK for the kernel of states, which holds less than others."""
+    return dict(zip(FORM, _form(ALL_KEYS, d, e, kind), strict=True))
 
 
 def candidates(
@@ -129,7 +133,8 @@ def moved_bytes(
         passes = states > 1 or carried
     if states:
         read = min(of_keys, states * tiles["CHUNK"])
-        moved += item * read * (d * blocks + e) + state * states
+        again = -(-e // for_states(d, e, kind)["BLOCK_E"])
+        moved += item * read * (d * again + e) + state * states
     if passes:  # the sum over chunks
         moved += state * (states + (chunks_k if causal else 1) + carried)
     reading = chunks_q * (passes or carried) if causal else chunks_q
@@ -139,14 +144,15 @@ def moved_bytes(
     return lines * moved, lines * least
 
 
+def _form(
+    table: Mapping[tuple[str, int], tuple[int, int, int, int]], d: int, e: int, kind: str
+) -> tuple[int, int, int, int]:
+    block_t, block_e, warps, stages = table[kind, max(64, padded(d))]
+    return block_t, min(padded(e), block_e), warps, stages
+
+
 def _cut(rows: int, heads: int, e: int, processors: int, form: tuple[int, int, int, int]) -> Tiles:
     """Chunks that bring about enough programs, a power of two of rows each."""
-    block_t, block_e, warps, stages = form
-    share = rows * heads * -(-e // block_e) // (WAVES * processors)
-    return {
-        "CHUNK": max(LEAST_CHUNK, 1 << max(share, 1).bit_length() - 1),
-        "BLOCK_T": block_t,
-        "BLOCK_E": block_e,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    share = rows * heads * -(-e // form[1]) // (WAVES * processors)
+    chunk = max(LEAST_CHUNK, 1 << max(share, 1).bit_length() - 1)
+    return {"CHUNK": chunk, **dict(zip(FORM, form, strict=True))}

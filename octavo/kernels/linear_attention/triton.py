@@ -10,7 +10,7 @@ import torch
 import triton
 
 from octavo.kernels.linear_attention.reference import EPS, Options, State
-from octavo.kernels.linear_attention.tiles import candidates, config, padded
+from octavo.kernels.linear_attention.tiles import candidates, config, for_states, padded
 from octavo.kernels.linear_attention.triton_chunks import (
     outputs_kernel,
     scan_kernel,
@@ -117,7 +117,7 @@ class _Launches:
         mask, self._cu = options.key_padding_mask, options.cu_seqlens
         self._mask = out if mask is None else mask.contiguous().view(torch.uint8)
         self._blocks = triton.cdiv(e, tiles["BLOCK_E"])
-        self._constants = {
+        self._constants: dict[str, Any] = {
             "FEATURE_MAP": options.feature_map,
             "KIND": KINDS[q.dtype],
             "CAUSAL": options.causal,
@@ -163,10 +163,13 @@ class _Launches:
         return (d * e, d) if size is None else (size, size)
 
     def _states(self, slots: int, to: State, size: int | None = None) -> None:
-        states_kernel[(slots * self._sizes[0] * self._blocks,)](
+        heads, d, e = self._sizes
+        form = for_states(d, e, self._constants["KIND"])
+        states_kernel[(slots * heads * triton.cdiv(e, form["BLOCK_E"]),)](
             self._k, self._v, self._mask, self._lengths(), *to,
-            self._k.shape[1], self._sizes[0], self._chunk, self._sequences,
-            *self._k.stride()[:3], *self._v.stride()[:3], *self._strides(size), **self._constants,
+            self._k.shape[1], heads, self._chunk, self._sequences,
+            *self._k.stride()[:3], *self._v.stride()[:3], *self._strides(size),
+            **{**self._constants, **form},
         )  # fmt: skip
 
     def _scan(self, states: torch.Tensor) -> None:

@@ -18,6 +18,8 @@ from octavo.kernels.weight_only_gemm.reference import Weight
 
 REQUANTIZED = 0.03
 """Error of a peer that quantizes the float values once more, with scales of its own."""
+SHORT_NORMALIZER = 0.05
+"""Error of a peer whose normaliser and features are rounded to the type of the inputs."""
 
 Arguments = Mapping[str, Any]
 Maker = Callable[[Case, Arguments], Callable[[], Any]]
@@ -207,6 +209,23 @@ def _torchao_quantize_static(case: Case, arguments: Arguments) -> Callable[[], A
     return lambda: quantize_affine(x, block, scale, zero, torch.int8, -128, 127)
 
 
+def _fla(kernel: str) -> Maker:
+    def make(_case: Case, arguments: Arguments) -> Callable[[], Any]:
+        from fla.ops import linear_attn
+
+        if not arguments["causal"]:
+            raise NotImplementedError("it is causal only")
+        attend = getattr(linear_attn, kernel)
+
+        def call() -> torch.Tensor:
+            q, k = (torch.nn.functional.elu(arguments[name]) + 1 for name in "qk")
+            return attend(q, k, arguments["v"], scale=1.0, normalize=True)[0]
+
+        return call
+
+    return make
+
+
 PEERS: dict[str, tuple[tuple[str, str, float, Maker], ...]] = {
     "int8_gemm": (
         ("torchao", "torchao", 0.01, _torchao_int8),
@@ -217,6 +236,10 @@ PEERS: dict[str, tuple[tuple[str, str, float, Maker], ...]] = {
     "weight_only_gemm": (
         ("torchao", "torchao", 0.1, _torchao_weight_only),
         ("gemlite", "gemlite", REQUANTIZED, _gemlite_weight_only),
+    ),
+    "linear_attention": (
+        ("fla chunk", "fla", SHORT_NORMALIZER, _fla("chunk_linear_attn")),
+        ("fla recurrent", "fla", SHORT_NORMALIZER, _fla("fused_recurrent_linear_attn")),
     ),
 }
 """Operator -> peers: name, package, tolerance, and what prepares the call. torchao's int4 has

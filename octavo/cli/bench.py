@@ -32,7 +32,8 @@ def bench(
     operator: Annotated[
         str,
         typer.Argument(
-            help="int8_gemm, weight_only_gemm, dynamic_quantize or static_quantize.",
+            help="int8_gemm, weight_only_gemm, dynamic_quantize, static_quantize or "
+            "linear_attention.",
             show_default=False,
         ),
     ],

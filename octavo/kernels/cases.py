@@ -30,6 +30,7 @@ OPERATORS = (
     "int8_conv2d",
     "depthwise_conv2d",
     "depthwise_separable_conv2d",
+    "linear_attention",
 )
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
 COMPARED_ROWS = 256

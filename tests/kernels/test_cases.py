@@ -23,6 +23,7 @@ SHAPES = {
     "int8_conv2d": (9, 16, 8, 24, 3, 1, 1),
     "depthwise_conv2d": (3, 17, 9, 7, 3, 2),
     "depthwise_separable_conv2d": (3, 17, 9, 12, 3, 1),
+    "linear_attention": (9, 40, 2, 16),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 

@@ -17,6 +17,8 @@ __all__ = ["State", "linear_attention", "linear_attention_step"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD = 256
 """The longest keys and values of a head that the Triton kernels hold in registers."""
+MAX_CAUSAL_FLOAT32 = 64
+"""The same for causal float32, whose products take each operand apart in three."""
 
 
 def linear_attention(
@@ -58,7 +60,8 @@ def linear_attention(
         initial_state: what came before; float32 (float64 for float64), of B or N sequences.
         return_state: also give the state after the last key.
         eps: see above; 0 or more.
-        backend: "auto", "triton" (D and E up to 256) or "reference"; one that is named runs or
+        backend: "auto", "triton" (D and E up to 256, D of causal float32 up
+            to 64) or "reference"; one that is named runs or
             is refused.
 
     Returns:
@@ -308,8 +311,18 @@ def _fake_step(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> str:
+def _why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> str:
     """Why the kernels cannot take these, or nothing."""
+    if options.causal and q.dtype == torch.float32 and q.shape[-1] > MAX_CAUSAL_FLOAT32:
+        return (
+            f"causal float32 heads of {q.shape[-1]} are longer than {MAX_CAUSAL_FLOAT32}, and "
+            "registers do not hold them"
+        )
+    return _why_not_step(q, k, v)
+
+
+def _why_not_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> str:
+    """Why the kernel of a step cannot take these, or nothing."""
     if q.dtype == torch.float64:
         return "the kernels have no float64"
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD:
@@ -341,6 +354,6 @@ _BODIES = (
     Body("reference", lambda *_: "", reference.linear_attention, "last"),
 )
 _STEP_BODIES = (
-    Body("triton", _why_not, _triton_step),
+    Body("triton", _why_not_step, _triton_step),
     Body("reference", lambda *_: "", reference.linear_attention_step, "last"),
 )

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import triton
 
 from octavo.kernels.linear_attention.reference import EPS, Options, State
-from octavo.kernels.linear_attention.tiles import config, padded
+from octavo.kernels.linear_attention.tiles import candidates, config, for_states, padded
 from octavo.kernels.linear_attention.triton_chunks import (
     outputs_kernel,
     scan_kernel,
     states_kernel,
 )
 from octavo.kernels.linear_attention.triton_step import step_kernel
+from octavo.kernels.tuning import best, size_bucket
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-SCAN_BLOCK = 1024
+SCAN_BLOCK = 512
+MAX_STRIDE = 1 << 23
+"""From one token to the next, in values; 256 tokens are at most in a block."""
 STEP_BLOCK = 8192
 """Values of a state that a step's program holds at a time."""
 
@@ -43,13 +47,51 @@ def linear_attention(
         torch.empty((count, heads, d, e), **kinds), torch.empty((count, heads, d), **kinds)
     )
     if sequences * heads:
-        if tiles is None:
-            tiles = config(batch * rows, heads, d, e, itemsize=q.element_size())
         with torch.cuda.device_of(q):
+            if tiles is None:
+                tiles = _choose(q, k, v, options)
             _Launches(q, k, v, options, tiles, sequences, out, total).run()
     if not options.return_state:
         return out, out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
     return out, total.kv, total.normalizer
+
+
+def _choose(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> Mapping[str, int]:
+    """The tuned cut, or that of the rule."""
+    rows = size_bucket(max(q.shape[1], k.shape[1])) * q.shape[0]
+    heads, d, e = q.shape[2], q.shape[3], v.shape[3]
+    sizes = (rows, heads, d, e)
+    kind, processors = KINDS[q.dtype], _processors(q.device)
+    rule = _rule(*sizes, kind, options.causal, processors)
+    words = [kind, "causal" if options.causal else "all keys"]
+    words += ["packed"] * (options.cu_seqlens is not None)
+    key = f"{'x'.join(map(str, (*q.shape[:1], *sizes)))} {' '.join(words)}"
+
+    def others() -> Iterator[Mapping[str, int]]:
+        return candidates(*sizes, kind=kind, causal=options.causal, processors=processors)
+
+    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+        return linear_attention(q, k, v, options, tiles)[0]
+
+    return best("linear_attention", key, q.device, rule, others, run)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule(
+    rows: int, heads: int, d: int, e: int, kind: str, causal: bool, processors: int
+) -> Mapping[str, int]:
+    return config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors; under the interpreter as few as a test needs."""
+    if device.type != "cuda":
+        return 1
+    found: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return found
 
 
 class _Launches:
@@ -66,23 +108,25 @@ class _Launches:
         out: torch.Tensor,
         total: State,
     ) -> None:
-        self._q, self._k, self._v = (_rows_contiguous(one) for one in (q, k, v))
+        self._q, self._k, self._v = (_addressable(one) for one in (q, k, v))
         self._options, self._sequences = options, sequences
         self._out, self._total = out, total
-        self._sizes = (q.shape[2], q.shape[3], v.shape[3])
+        self._sizes = _, d, e = (q.shape[2], q.shape[3], v.shape[3])
         self._chunk = tiles["CHUNK"]
         # an argument that is not there still needs a pointer, which is never read
         mask, self._cu = options.key_padding_mask, options.cu_seqlens
         self._mask = out if mask is None else mask.contiguous().view(torch.uint8)
-        self._blocks = triton.cdiv(v.shape[3], tiles["BLOCK_E"])
-        self._constants = {
+        self._blocks = triton.cdiv(e, tiles["BLOCK_E"])
+        self._constants: dict[str, Any] = {
             "FEATURE_MAP": options.feature_map,
             "KIND": KINDS[q.dtype],
             "CAUSAL": options.causal,
             "MASKED": mask is not None,
             "PACKED": options.cu_seqlens is not None,
+            "D": d,
+            "E": e,
             "BLOCK_T": tiles["BLOCK_T"],
-            "BLOCK_D": padded(q.shape[3]),
+            "BLOCK_D": padded(d),
             "BLOCK_E": tiles["BLOCK_E"],
             "num_warps": tiles["num_warps"],
             "num_stages": tiles["num_stages"],
@@ -111,7 +155,7 @@ class _Launches:
         """Chunks there may be in that many rows of each sequence, or of all that are packed."""
         if self._cu is not None:
             return rows // self._chunk + self._sequences
-        return self._sequences * max(1, triton.cdiv(rows, self._chunk))
+        return self._sequences * max(1, -(-rows // self._chunk))
 
     def _strides(self, size: int | None) -> tuple[int, int]:
         """Of kv and normaliser, from head to head; where they are side by side that is `size`."""
@@ -119,10 +163,13 @@ class _Launches:
         return (d * e, d) if size is None else (size, size)
 
     def _states(self, slots: int, to: State, size: int | None = None) -> None:
-        states_kernel[(slots * self._sizes[0] * self._blocks,)](
+        heads, d, e = self._sizes
+        form = for_states(d, e, self._constants["KIND"])
+        states_kernel[(slots * heads * triton.cdiv(e, form["BLOCK_E"]),)](
             self._k, self._v, self._mask, self._lengths(), *to,
-            self._k.shape[1], *self._sizes, self._chunk, self._sequences,
-            *self._k.stride()[:3], *self._v.stride()[:3], *self._strides(size), **self._constants,
+            self._k.shape[1], heads, self._chunk, self._sequences,
+            *self._k.stride()[:3], *self._v.stride()[:3], *self._strides(size),
+            **{**self._constants, **form},
         )  # fmt: skip
 
     def _scan(self, states: torch.Tensor) -> None:
@@ -131,7 +178,7 @@ class _Launches:
         blocks = triton.cdiv(d * e + d, SCAN_BLOCK)
         scan_kernel[(self._sequences * heads * blocks,)](
             states, *_contiguous(initial or State(states, states)), *self._total,
-            self._lengths(), self._k.shape[1], heads, d, e, self._chunk,
+            self._lengths(), self._k.shape[1], heads, self._chunk, D=d, E=e,
             INITIAL=initial is not None, CAUSAL=self._options.causal,
             PACKED=self._cu is not None, BLOCK=SCAN_BLOCK,
         )  # fmt: skip
@@ -141,7 +188,7 @@ class _Launches:
         outputs_kernel[(slots * self._sizes[0] * self._blocks,)](
             self._q, self._k, self._v, self._mask, self._lengths(),
             *_contiguous(state or State(self._out, self._out)), *self._total, self._out,
-            self._q.shape[1], *self._sizes, self._chunk, self._sequences, self._options.eps,
+            self._q.shape[1], self._sizes[0], self._chunk, self._sequences, self._options.eps,
             *self._q.stride()[:3], *self._k.stride()[:3], *self._v.stride()[:3],
             *self._strides(size),
             INITIAL=state is not None, FINAL=self._options.return_state, **self._constants,
@@ -158,22 +205,23 @@ def linear_attention_step(
     (batch, heads, d), e = q.shape, v.shape[-1]
     out = torch.empty((batch, heads, e), dtype=q.dtype, device=q.device)
     if out.numel():
-        q, k, v = (_rows_contiguous(one) for one in (q, k, v))
+        q, k, v = (_addressable(one) for one in (q, k, v))
         block_d = padded(d)
         with torch.cuda.device_of(q):
             step_kernel[(batch * heads,)](
-                q, k, v, *state, out, heads, d, e, EPS,
+                q, k, v, *state, out, heads, EPS,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-                FEATURE_MAP=feature_map, BLOCK_D=block_d,
+                FEATURE_MAP=feature_map, D=d, E=e, BLOCK_D=block_d,
                 BLOCK_E=min(padded(e), max(16, STEP_BLOCK // block_d)), num_warps=4,
             )  # fmt: skip
     return out
 
 
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """The same values with the last axis contiguous; copied where it is not."""
+def _addressable(x: torch.Tensor) -> torch.Tensor:
+    """The same values, copied unless a row is contiguous and a block of rows within 2**31."""
     x = x.detach()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    last = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if last and x.stride(1) < MAX_STRIDE else x.contiguous()
 
 
 def _contiguous(state: State) -> State:

@@ -56,19 +56,36 @@ def _of_slot(slot, cu_ptr, T, chunk, sequences, PACKED: tl.constexpr):
 
 @triton.jit
 def _kept(mask_ptr, rows, inside, MASKED: tl.constexpr):
-    """Which of some rows have a key that counts."""
+    """Which of some rows have a key that counts, [rows, 1]."""
     if MASKED:
         inside = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
-    return inside
+    return inside[:, None]
 
 
 @triton.jit
+def _columns(cols, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which columns of a block there are, [1, cols] or, where all are, [1, 1]."""
+    if SIZE % BLOCK == 0:
+        there = tl.full((1, 1), 1, dtype=tl.int1)
+    else:
+        there = (cols < SIZE)[None, :]
+    return there
+
+
+@triton.jit
+def _offsets(rows, stride, cols):
+    """Offsets in a tile, 32 bits each: the launcher sees to it that they are enough."""
+    return rows[:, None] * stride + cols[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "sequences"])
 def states_kernel(
     k_ptr, v_ptr, mask_ptr, cu_ptr, kv_ptr, z_ptr,
-    T, H, D, E, chunk, sequences,
+    T, H, chunk, sequences,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kv, stride_z,
     FEATURE_MAP: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PACKED: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Of a chunk, a head and a block of E: kv = sum phi(k)^T v and z = sum phi(k), float32.
 
@@ -84,26 +101,23 @@ def states_kernel(
     at = slot - first
     if at < (count - 1 if CAUSAL else count):
         batch = (0 * number if PACKED else number).to(tl.int64)
-        ds = tl.arange(0, BLOCK_D)
+        inner, ds = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
         es = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        k_tile = k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh + ds[None, :]
-        v_tile = v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh + es[None, :]
+        of_d, of_e = _columns(ds, D, BLOCK_D), _columns(es, E, BLOCK_E)
+        k_head = k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh
+        v_head = v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh
+        in_k, in_v = _offsets(inner, stride_kt, ds), _offsets(inner, stride_vt, es)
         kv = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
         z = tl.zeros((BLOCK_D,), dtype=tl.float32)
         begin = start + at * chunk
         end = tl.minimum(begin + chunk, stop)
         for row in range(begin, end, BLOCK_T):
-            rows = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
-            kept = _kept(mask_ptr + batch * T, rows, rows < end, MASKED)
-            of_keys = kept[:, None] & (ds < D)[None, :]
+            wide = tl.cast(row, tl.int64)
+            kept = _kept(mask_ptr + batch * T + wide, inner, row + inner < end, MASKED)
             # [BLOCK_T, BLOCK_D] and [BLOCK_T, BLOCK_E]
-            k = tl.load(k_tile + rows[:, None] * stride_kt, mask=of_keys, other=0.0)
-            v = tl.load(
-                v_tile + rows[:, None] * stride_vt,
-                mask=kept[:, None] & (es < E)[None, :],
-                other=0.0,
-            )
-            features = operand(key_features(k, of_keys, FEATURE_MAP), KIND)
+            k = tl.load(k_head + wide * stride_kt + in_k, mask=kept & of_d, other=0.0)
+            v = tl.load(v_head + wide * stride_vt + in_v, mask=kept & of_e, other=0.0)
+            features = operand(key_features(k, kept & of_d, FEATURE_MAP), KIND)
             kv = product(tl.trans(features), v.to(features.dtype), kv, KIND)
             z += tl.sum(features.to(tl.float32), axis=0)
         kv_tile = kv_ptr + place.to(tl.int64) * stride_kv + ds[:, None] * E + es[None, :]
@@ -111,10 +125,11 @@ def states_kernel(
         tl.store(z_ptr + place.to(tl.int64) * stride_z + ds, z, mask=(ds < D) & (block == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunk"])
 def scan_kernel(
-    states_ptr, kv_ptr, z_ptr, kv_out_ptr, z_out_ptr, cu_ptr, T, H, D, E, chunk,
-    INITIAL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    states_ptr, kv_ptr, z_ptr, kv_out_ptr, z_out_ptr, cu_ptr, T, H, chunk,
+    D: tl.constexpr, E: tl.constexpr, INITIAL: tl.constexpr, CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up the states [slots, H, D * E + D] of a sequence and a head, in order, and the initial.
 
@@ -149,17 +164,18 @@ def scan_kernel(
         tl.store(z_out_ptr + z_at, sums, mask=of_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunk", "sequences"])
 def outputs_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, cu_ptr, kv_ptr, z_ptr, kv_out_ptr, z_out_ptr, out_ptr,
-    T, H, D, E, chunk, sequences, eps,
+    T, H, chunk, sequences, eps,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_kv, stride_z,
     FEATURE_MAP: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, INITIAL: tl.constexpr,
     FINAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Out [B, T, H, E] of a chunk, a head and a block of E.
+    """Result [B, T, H, E] of a chunk, a head and a block of E.
 
     The state comes from kv and z, with CAUSAL those before the slot, else those of the sequence,
     times the strides; INITIAL: there is one. CAUSAL: the chunk is taken block by block, each on
@@ -175,13 +191,15 @@ def outputs_kernel(
     if at < count:
         wide_head = head.to(tl.int64)
         batch = (0 * number if PACKED else number).to(tl.int64)
-        ds = tl.arange(0, BLOCK_D)
+        inner, ds = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
         es = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        of_d, of_e = (ds < D)[None, :], (es < E)[None, :]
-        q_tile = q_ptr + batch * stride_qb + wide_head * stride_qh + ds[None, :]
-        k_tile = k_ptr + batch * stride_kb + wide_head * stride_kh + ds[None, :]
-        v_tile = v_ptr + batch * stride_vb + wide_head * stride_vh + es[None, :]
-        out_tile = out_ptr + (batch * T * H + wide_head) * E + es[None, :]
+        of_d, of_e = _columns(ds, D, BLOCK_D), _columns(es, E, BLOCK_E)
+        q_head = q_ptr + batch * stride_qb + wide_head * stride_qh
+        k_head = k_ptr + batch * stride_kb + wide_head * stride_kh
+        v_head = v_ptr + batch * stride_vb + wide_head * stride_vh
+        out_head = out_ptr + (batch * T * H + wide_head) * E
+        in_q, in_k = _offsets(inner, stride_qt, ds), _offsets(inner, stride_kt, ds)
+        in_v, in_out = _offsets(inner, stride_vt, es), _offsets(inner, H * E, es)
         in_kv, of_state = ds[:, None] * E + es[None, :], (ds < D)[:, None] & of_e
         if INITIAL:
             from_place = place.to(tl.int64) if CAUSAL else number.to(tl.int64) * H + head
@@ -193,29 +211,28 @@ def outputs_kernel(
         begin = start + at * chunk
         end = tl.minimum(begin + chunk, stop)
         for row in range(begin, end, BLOCK_T):
-            rows = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
-            inside = rows < end
-            q = tl.load(q_tile + rows[:, None] * stride_qt, mask=inside[:, None] & of_d, other=0.0)
+            wide = tl.cast(row, tl.int64)
+            inside = row + inner < end
+            q = tl.load(q_head + wide * stride_qt + in_q, mask=inside[:, None] & of_d, other=0.0)
             queries = operand(query_features(q, of_d, FEATURE_MAP), KIND)
             normalizer = tl.sum(queries.to(tl.float32) * z[None, :], axis=1)
             sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
             sums = product(queries, operand(kv, KIND), sums, KIND)
             if CAUSAL:
-                kept = _kept(mask_ptr + batch * T, rows, inside, MASKED)[:, None]
-                k = tl.load(k_tile + rows[:, None] * stride_kt, mask=kept & of_d, other=0.0)
-                v = tl.load(v_tile + rows[:, None] * stride_vt, mask=kept & of_e, other=0.0)
+                kept = _kept(mask_ptr + batch * T + wide, inner, inside, MASKED)
+                k = tl.load(k_head + wide * stride_kt + in_k, mask=kept & of_d, other=0.0)
+                v = tl.load(v_head + wide * stride_vt + in_v, mask=kept & of_e, other=0.0)
                 keys = operand(key_features(k, kept & of_d, FEATURE_MAP), KIND)
                 v = v.to(keys.dtype)
                 weights = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
                 weights = product(queries, tl.trans(keys), weights, KIND)
-                before = tl.arange(0, BLOCK_T)[:, None] >= tl.arange(0, BLOCK_T)[None, :]
-                weights = tl.where(before, weights, 0.0)
+                weights = tl.where(inner[:, None] >= inner[None, :], weights, 0.0)
                 normalizer += tl.sum(weights, axis=1)
                 sums = product(operand(weights, KIND), v, sums, KIND)
                 kv = product(tl.trans(keys), v, kv, KIND)
                 z += tl.sum(keys.to(tl.float32), axis=0)
             out = divide(sums, normalizer[:, None], eps).to(out_ptr.dtype.element_ty)
-            tl.store(out_tile + rows[:, None] * (H * E), out, mask=inside[:, None] & of_e)
+            tl.store(out_head + wide * H * E + in_out, out, mask=inside[:, None] & of_e)
         if CAUSAL and FINAL:
             last = at == count - 1
             to_place = number.to(tl.int64) * H + head

@@ -30,13 +30,13 @@ def _features(x, FEATURE_MAP: tl.constexpr):
 
 @triton.jit
 def key_features(k, kept, FEATURE_MAP: tl.constexpr):
-    """Phi of keys, float32; 0 where they are not kept."""
+    """Features of keys, float32; 0 where they are not kept."""
     return tl.where(kept, _features(k.to(tl.float32), FEATURE_MAP), 0.0)
 
 
 @triton.jit
 def query_features(q, there, FEATURE_MAP: tl.constexpr):
-    """Phi of queries [T, D], 0 outside, over the largest of each row; float32.
+    """Features of queries [T, D], 0 outside, over the largest of each row; float32.
 
     The divisor cancels when the result is divided by its normaliser.
 

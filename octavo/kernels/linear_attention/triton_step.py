@@ -12,11 +12,16 @@ __all__ = ["step_kernel"]
 
 @triton.jit
 def step_kernel(
-    q_ptr, k_ptr, v_ptr, kv_ptr, z_ptr, out_ptr, H, D, E, eps,
+    q_ptr, k_ptr, v_ptr, kv_ptr, z_ptr, out_ptr, H, eps,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-    FEATURE_MAP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Kv [B, H, D, E] += phi(k) v^T, z [B, H, D] += phi(k), then out [B, H, E]; all float32."""
+    """Adds phi(k) v^T to kv [B, H, D, E] and phi(k) to z [B, H, D]; then the result [B, H, E].
+
+    All of it in float32 and without tensor cores: the state, read and written once, is what takes
+    time.
+    """
     place = tl.program_id(0).to(tl.int64)
     batch, head = place // H, place % H
     # [1, BLOCK_D]

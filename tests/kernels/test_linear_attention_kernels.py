@@ -1,0 +1,309 @@
+"""The Triton kernels of linear attention against the reference, and how calls are cut."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.kernels import State, linear_attention, linear_attention_step
+from octavo.kernels.linear_attention import reference, tiles
+from octavo.kernels.linear_attention.reference import EPS, FEATURE_MAPS, Options
+
+body = pytest.importorskip("octavo.kernels.linear_attention.triton")
+
+SMALL = {"CHUNK": 32, "BLOCK_T": 16, "BLOCK_E": 16, "num_warps": 4, "num_stages": 1}
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
+"""Relative error norms. float16 and bfloat16: about that of one rounding of features, weights or
+state to TF32 or bfloat16, and one of the result (which the interpreter cuts off)."""
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tokens(
+    batch: int, rows: int, heads: int, d: int, e: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    shapes = [(batch, rows, heads, size) for size in (d, d, e)]
+    return [random(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+
+
+def state_of(count: int, heads: int, d: int, e: int) -> State:
+    return State(random(count, heads, d, e, seed=4), random(count, heads, d, seed=5).abs() + 1)
+
+
+def kept(batch: int, rows: int) -> torch.Tensor:
+    return torch.rand(batch, rows, generator=torch.Generator().manual_seed(6)) < 0.7
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does not write shows: memory is lent full of NaN."""
+    lend = torch.empty
+    monkeypatch.setattr(body.torch, "empty", lambda *a, **o: lend(*a, **o).fill_(float("nan")))
+
+
+def compare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    device: torch.device,
+    chosen: dict[str, int] | None = None,
+    **changes: Any,
+) -> None:
+    options: dict[str, Any] = {
+        "feature_map": "elu+1",
+        "causal": False,
+        "return_state": True,
+        "eps": EPS,
+        "key_padding_mask": None,
+        "cu_seqlens": None,
+        "initial": None,
+    }
+    options |= changes
+    for name in ("key_padding_mask", "cu_seqlens"):
+        options[name] = None if options[name] is None else options[name].to(device)
+    if options["initial"] is not None:
+        options["initial"] = State(*(one.to(device) for one in options["initial"]))
+    inputs = [one.to(device) for one in (q, k, v)]
+    found = body.linear_attention(*inputs, Options(**options), chosen or SMALL)
+    expected = reference.linear_attention(*inputs, Options(**options))
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == two.dtype
+        assert one.shape == two.shape
+        assert not one.isnan().any()
+        error = (one.double() - two.double()).norm()
+        assert float(error) <= TOLERANCES[q.dtype] * float(two.double().norm()) + 1e-30
+
+
+@every_dtype
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 17, 63, 64, 65])
+def test_lengths(rows: int, causal: bool, dtype: torch.dtype, device: torch.device) -> None:
+    compare(*tokens(1, rows, 1, 16, 16, dtype), device, causal=causal)
+
+
+@pytest.mark.parametrize(("d", "e"), [(16, 40), (40, 16), (64, 17), (80, 64), (128, 5), (256, 32)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_head_dimensions(d: int, e: int, causal: bool, device: torch.device) -> None:
+    compare(*tokens(1, 40, 1, d, e), device, causal=causal, initial=state_of(1, 1, d, e))
+
+
+@every_dtype
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_masked_sequences_with_states(
+    causal: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of one, no, 33 and 16 tokens: none, one and several chunks each."""
+    lengths = torch.tensor([0, 1, 1, 34, 50], dtype=torch.int32)
+    compare(
+        *tokens(1, 50, 2, 16, 12, dtype),
+        device,
+        {**SMALL, "CHUNK": 16},
+        causal=causal,
+        cu_seqlens=lengths,
+        key_padding_mask=kept(1, 50),
+        initial=state_of(4, 2, 16, 12),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_feature_maps(feature_map: str, causal: bool, device: torch.device) -> None:
+    q, k, v = tokens(2, 40, 1, 16, 16)
+    if feature_map == "identity":  # normalisers stay away from 0
+        q, k = q.abs(), k.abs()
+    compare(q, k, v, device, causal=causal, feature_map=feature_map, key_padding_mask=kept(2, 40))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 70), (70, 3), (5, 0), (0, 5)])
+def test_as_many_queries_as_one_likes(queries: int, keys: int, device: torch.device) -> None:
+    q, k, v = tokens(2, 70, 1, 16, 16)
+    compare(q[:, :queries], k[:, :keys], v[:, :keys], device)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(0, 70), st.integers(1, 2)),
+    head=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    causal=st.booleans(),
+    layout=st.sampled_from(["rows", "heads first", "every second value", "one head for all"]),
+    extras=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    cut=st.sampled_from([(16, 16, 16), (64, 16, 32), (64, 32, 16), (128, 64, 64)]),
+)
+def test_any_call(
+    sizes: tuple[int, int, int],
+    head: tuple[int, int],
+    causal: bool,
+    layout: str,
+    extras: tuple[bool, bool, bool],
+    cut: tuple[int, int, int],
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (batch, rows, heads), (d, e) = sizes, head
+    masked, packed, carried = extras
+    batch = 1 if packed else batch
+    inputs = tokens(batch, rows, heads, d, e)
+    if layout == "heads first":
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    elif layout == "every second value":
+        inputs = [torch.stack([x, x], -1).flatten(-2)[..., ::2] for x in inputs]
+    elif layout == "one head for all":
+        inputs = [x[:, :, :1].expand(-1, -1, heads, -1) for x in inputs]
+    ends = sorted({0, rows // 3, rows // 2, rows} | {rows})
+    compare(
+        *inputs,
+        device,
+        dict(zip(SMALL, (*cut, 4, 1), strict=True)),
+        causal=causal,
+        key_padding_mask=kept(batch, rows) if masked else None,
+        cu_seqlens=torch.tensor(ends if rows else [0, 0], dtype=torch.int32) if packed else None,
+        initial=state_of(max(len(ends) - 1, 1) if packed else batch, heads, d, e)
+        if carried
+        else None,
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize("feature_map", ["elu+1", "relu"])
+def test_steps(feature_map: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Chunked and recurrent kernels agree with each other and with the reference."""
+    inputs = [x.to(device) for x in tokens(2, 5, 2, 24, 20, dtype)]
+    first = State(*(x.to(device) for x in state_of(2, 2, 24, 20)))
+    states = [State(*(x.clone() for x in first)) for _ in range(2)]
+    options: dict[str, Any] = {"feature_map": feature_map, "backend": "triton"}
+    whole, end = linear_attention(
+        *inputs, causal=True, initial_state=first, return_state=True, **options
+    )
+    for t in range(5):
+        token = [x[:, t] for x in inputs]
+        found = linear_attention_step(*token, states[0], **options)
+        expected = linear_attention_step(
+            *token, states[1], feature_map=feature_map, backend="reference"
+        )
+        for one in (found, whole[:, t]):
+            error = (one.double() - expected.double()).norm() / expected.double().norm()
+            assert float(error) < TOLERANCES[dtype]
+    torch.testing.assert_close(states[0], states[1])
+    for one, two in zip(end, states[0], strict=True):
+        assert float((one - two).norm() / two.norm()) < TOLERANCES[dtype]
+
+
+def test_a_long_state_is_taken_in_parts(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "STEP_BLOCK", 1024)
+    q, k, v = (x[:, 0].to(device) for x in tokens(3, 1, 2, 40, 50))
+    states = [State(*(x.to(device) for x in state_of(3, 2, 40, 50))) for _ in range(2)]
+    found, expected = (
+        linear_attention_step(q, k, v, state, backend=backend)
+        for state, backend in zip(states, ("triton", "reference"), strict=True)
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_it_is_deterministic(device: torch.device) -> None:
+    inputs = [x.to(device) for x in tokens(1, 100, 1, 16, 16)]
+    options = Options("elu+1", True, True, EPS, None, None, None)
+    one, two = (body.linear_attention(*inputs, options, SMALL) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_offsets_have_64_bits(device: torch.device) -> None:
+    """Strides of tokens that 32 bits would not hold in a block lead to a copy."""
+    far = torch.empty(0, device="meta").as_strided((1, 2, 1, 16), (0, 1 << 24, 0, 1))
+    assert body._addressable(far).is_contiguous()
+    near = far.as_strided((1, 2, 1, 16), (0, 1 << 22, 0, 1))
+    assert body._addressable(near).stride() == near.stride()
+
+
+SIZES = ((16, 16), (40, 80), (64, 64), (128, 128), (256, 32), (256, 256))
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_cut_can_run(kind: str, causal: bool) -> None:
+    for (d, e), rows in itertools.product(SIZES, (1, 1000, 1 << 16)):
+        if causal and kind == "fp32" and d > 64:
+            continue  # the schema refuses them
+        options: dict[str, Any] = {"kind": kind, "causal": causal}
+        rule = tiles.config(rows, 16, d, e, **options)
+        offered = list(tiles.candidates(rows, 16, d, e, **options))
+        assert len({tuple(one.values()) for one in offered}) == len(offered) <= 30
+        for one in (rule, *offered):
+            assert list(one) == list(rule)
+            assert one["CHUNK"] % one["BLOCK_T"] == 0
+            assert 16 <= one["BLOCK_E"] <= tiles.padded(e)
+            assert one["BLOCK_T"] <= 256
+
+
+def moved(rows: int, chosen: dict[str, int], causal: bool, extra: bool) -> tuple[int, int]:
+    options: dict[str, Any] = {"kind": "fp32", "causal": causal}
+    options |= {"carried": extra, "returned": extra}
+    return tiles.moved_bytes((rows, rows), 2, 3, (20, 40), chosen, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("rows", [20, 40])
+def test_bytes_are_what_the_kernels_load_and_store(
+    rows: int, extra: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the interpreter, lane by lane."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU does not count")
+    count = 0
+
+    def counted(name: str) -> None:
+        method = getattr(interpreter.InterpreterBuilder, name)
+
+        def call(self: Any, pointers: Any, *rest: Any) -> Any:
+            nonlocal count
+            mask = rest[0] if name.endswith("load") else rest[1]
+            assert mask.data.shape == pointers.data.shape
+            count += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+            return method(self, pointers, *rest)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
+
+    counted("create_masked_load")
+    counted("create_masked_store")
+    state = state_of(2, 3, 20, 40) if extra else None
+    chosen = {**SMALL, "BLOCK_E": 32}
+    options = Options("elu+1", causal, extra, EPS, None, None, state)
+    body.linear_attention(*tokens(2, rows, 3, 20, 40), options, chosen)
+    assert count == moved(rows, chosen, causal, extra)[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "all_keys", "causal"),
+    [
+        ((1, 8192, 96, 128), 1.2, 2.6),
+        ((2, 16384, 16, 128), 1.2, 3.5),
+        ((4, 2048, 16, 128), 1.8, 3.4),
+        ((4, 4096, 64, 128), 1.2, 2.6),
+        ((8, 1024, 8, 64), 1.5, 1.9),
+        ((8, 2048, 32, 256), 2.7, 8.6),
+        ((1, 32768, 32, 64), 1.1, 1.6),
+    ],
+    ids=str,
+)
+def test_bytes_against_the_least(
+    shape: tuple[int, int, int, int], all_keys: float, causal: float
+) -> None:
+    """How many times the least the rule's cut loads and stores, caches not counted."""
+    batch, rows, heads, d = shape
+    for is_causal, bound in ((False, all_keys), (True, causal)):
+        kind: dict[str, Any] = {"kind": "bf16", "causal": is_causal}
+        chosen = tiles.config(batch * rows, heads, d, d, **kind)
+        found, least = tiles.moved_bytes((rows, rows), batch, heads, (d, d), chosen, **kind)
+        assert least == 4 * 2 * batch * rows * heads * d
+        assert 1 <= found / least <= bound

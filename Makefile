@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test check gate format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/octavo demo --out octavo-demo
@@ -18,6 +18,10 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_import.py
+
+# Every kernel compiled ahead of time; all six architectures: python -m bench.static --check
+gate: $(VENV)/.installed
+	$(BIN)/python -m bench.static --check --architecture 80 --architecture 90 --architecture 120
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,8 @@
 """What the compiler makes of every kernel, for every architecture, without a GPU.
 
     python -m bench.static            # prints the table and writes bench/results/static.json
-    python -m bench.static --check    # compares with that file; CI runs this
+    python -m bench.static --check    # compares with that file
+    python -m bench.static --check --architecture 90   # only there; CI runs sm_80, sm_90, sm_120
     python -m bench.static --only int8_gemm   # one operator; the others' rows stay
 
 Registers, spills and instructions are read from the machine code by the cuobjdump that comes with
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.aot import CLASSES, SHARED_LIMIT, Variant, compile_variant
+from bench.aot import ARCHITECTURES, CLASSES, SHARED_LIMIT, Variant, compile_variant
 from bench.results_file import RESULTS, write_results
 
 OPERATORS = (
@@ -74,8 +75,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed file")
     parser.add_argument("--only", choices=OPERATORS, action="append", help="this operator alone")
+    parser.add_argument(
+        "--architecture", type=int, choices=ARCHITECTURES, action="append", help="check this alone"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results file")
     options = parser.parse_args()
+    if options.architecture and not options.check:
+        parser.error("--architecture belongs to --check; the results file has all of them")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
         return 2
@@ -85,6 +91,7 @@ def main() -> int:
         for operator in operators
         for number, variant in enumerate(variants([operator]))
         for architecture in variant.architectures
+        if architecture in (options.architecture or ARCHITECTURES)
     ]
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_PROCESSES)) as pool:
         rows = list(pool.map(_row, jobs))

@@ -38,10 +38,14 @@ class Int8DepthwiseSeparableConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Codes [B, C, H, W] to [B, N, H', W'], codes or floats as the second layer gives them."""
-        first, second = self.depthwise, self.pointwise
         if x.device.type == "cpu":  # which gains nothing from one kernel, but from packed weights
-            y: torch.Tensor = second(first(x))
+            y: torch.Tensor = self.pointwise(self.depthwise(x))
             return y
+        return self.in_one_kernel(x)
+
+    def in_one_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by `octavo.kernels.depthwise_separable_conv2d`, on any device."""
+        first, second = self.depthwise, self.pointwise
         middle, step = first.steps_scale, second.step
         if middle is not first.one and middle is not None:
             step = step / middle  # the kernel multiplies with the scale of the middle itself

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 import octavo
 from octavo.core.errors import ArtifactError, InputError
+from octavo.kernels import use_backend
 from octavo.layers import Int8Conv2d
 from octavo.layers.conv import signed
+from octavo.layers.int8_separable import Int8DepthwiseSeparableConv2d
 from octavo.quant import PerChannel, QParams, choose_qparams, dequantize, quantize
 
 UNSIGNED = QParams(torch.tensor(0.02), torch.tensor(100), "uint8")
@@ -224,3 +226,68 @@ def broken(name: str) -> Int8Conv2d:
     conv = convolution()
     getattr(conv, name).data[0] = torch.nan
     return Int8Conv2d.from_float(conv, UNSIGNED)
+
+
+def test_a_bias_that_sums_cannot_hold() -> None:
+    layer = Int8Conv2d(8, 12, 3, zero_point=-128, in_codes=True)
+    bias = torch.full((12,), 2**31 - 1, dtype=torch.int32)
+    ones = torch.ones(12, 8, 3, 3, dtype=torch.int8)
+    with pytest.raises(InputError, match=r"zero point -128 need 2147492863 steps, and int32 has"):
+        layer.set_weights(ones, torch.ones(12), bias)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "hardswish", "silu"])
+@pytest.mark.parametrize("steps", [0.02, 6 / 255, 0.05])
+def test_one_multiplication_gives_the_codes(activation: str, steps: float) -> None:
+    """Also where a ReLU6 ends below the largest code, and where codes do not follow from sums."""
+    conv, result = convolution(), QParams(torch.tensor(steps), torch.tensor(0), "uint8")
+    conv.weight.data *= 8
+    layer = Int8Conv2d.from_float(conv, UNSIGNED, result, activation=activation)
+    x = images(2, 8, 9, 9)
+    real = {
+        "none": lambda y: y,
+        "relu": torch.relu,
+        "relu6": functional.relu6,
+        "hardswish": functional.hardswish,
+        "silu": functional.silu,
+    }[activation](by_hand(conv, x, UNSIGNED))
+    off = (layer(x).int() + 128 - quantize(real.float(), result).int()).abs()
+    assert int(off.max()) <= 1
+    assert int((off != 0).sum()) <= 2
+
+
+class TestDepthwiseSeparable:
+    def layers(self, **options: Any) -> tuple[Int8Conv2d, Int8Conv2d]:
+        first = nn.Conv2d(8, 8, 3, padding=1, groups=8).eval()
+        settings = {"in_codes": True, "activation": "relu", **options}
+        one = Int8Conv2d.from_float(first, UNSIGNED, RESULT, **settings)
+        return one, Int8Conv2d.from_float(nn.Conv2d(8, 5, 1).eval(), RESULT, in_codes=True)
+
+    @pytest.mark.parametrize("activation", ["relu", "hardswish"])
+    @pytest.mark.parametrize("codes", [False, True])
+    def test_one_kernel_has_the_codes_of_two_layers(
+        self, activation: str, codes: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one, two = self.layers(activation=activation)
+        if codes:
+            float_layer = nn.Conv2d(8, 5, 1).eval()
+            two = Int8Conv2d.from_float(float_layer, RESULT, UNSIGNED, in_codes=True)
+        layer = Int8DepthwiseSeparableConv2d(one, two)
+        x = torch.randint(-128, 128, (2, 8, 7, 5)).to(torch.int8)
+        with use_backend("reference"):
+            expected = layer(x)
+            found = layer.in_one_kernel(x)
+        if codes:
+            assert int((found.int() - expected.int()).abs().max()) <= 1
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    def test_layers_that_do_not_fit(self) -> None:
+        one, two = self.layers()
+        with pytest.raises(InputError, match="it must be depthwise, to codes"):
+            Int8DepthwiseSeparableConv2d(two, two)
+        with pytest.raises(InputError, match="both layers must take codes"):
+            Int8DepthwiseSeparableConv2d(self.layers(in_codes=False)[0], two)
+        other = Int8Conv2d.from_float(nn.Conv2d(8, 5, 1).eval(), UNSIGNED, in_codes=True)
+        with pytest.raises(InputError, match="with the zero point -88 and the second takes -28"):
+            Int8DepthwiseSeparableConv2d(one, other)

@@ -356,12 +356,12 @@ def test_the_operators_are_sound() -> None:
         codes = [torch.randint(-127, 128, (width, k)).to(torch.int8) for k in (6, 5)]
         inputs = (
             torch.randint(-127, 128, (4, 1, 3, 6)).to(torch.int8), torch.rand(4, 1, 3),
-            codes[:1], torch.rand(1, width) / 99, torch.rand(1, width),
-            codes[1:], torch.rand(1, width) / 99, sizes,
+            codes[:1], [torch.rand(width) / 99], [torch.rand(width)],
+            codes[1:], [torch.rand(width) / 99], [torch.rand(width)], sizes,
         )  # fmt: skip
-        state = torch.randn(1, 3, 5)
-        rest = (None,) if gates == 4 else (torch.tensor(9.0), torch.rand(1, 1, width))
-        torch.library.opcheck(getattr(torch.ops.octavo, name).default, (*inputs, state, *rest))
+        states = [torch.randn(1, 3, 5) for _ in range(2 if gates == 4 else 1)]
+        for given in (states, [None] * len(states)):
+            torch.library.opcheck(getattr(torch.ops.octavo, name).default, (*inputs, *given))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import torch
 from octavo.kernels import int8_gemm
 from octavo.kernels.int8_gemm import int_mm
 from octavo.layers.recurrent_weights import (
-    QMAX,
     Derived,
     Weights,
     packed_product,
@@ -31,8 +30,6 @@ __all__ = ["Product", "choose_way", "gru_span", "loop", "lstm_span"]
 PACKED_ROWS, PACKED_ALWAYS = 1 << 19, 1 << 21
 """From how many weights on products of reordered weights are the faster ones: those of several
 rows, and those of one row."""
-SHIFT = 1.5 * 2**23
-"""Added to a float32, it rounds it half to even and leaves the integer in its lowest bits."""
 
 
 class Product(NamedTuple):
@@ -48,7 +45,7 @@ class Product(NamedTuple):
         span: of a state to its code.
         zero_point: of FBGEMM's unsigned codes, for which low is 128 less.
         shift: low + 1.5 * 2**23, float32 [].
-        spans: `span` of each row, float32 [D, rows, 1], where they differ; else [].
+        spans: `span` of each row, float32 [D, rows, 1], where they differ; else any [].
         lows: `low` of each row, as `spans`.
         sums: of a state's codes, float32 [D, rows, H].
         bits: `sums`, int32.
@@ -92,33 +89,29 @@ class Product(NamedTuple):
             own: what `derived` made of them.
             limit: what no |h| of a row exceeds, float32 [D, B, 1]; None: 1.
         """
-        first = weights.recurrent[0]
-        way = choose_way(hidden.shape[1], first)
+        rows, n = hidden.shape[1], weights.recurrent[0].shape[0]
+        way = choose_way(rows, weights.recurrent[0])
         if way == "packed" and limit is not None:
             way = "plain"
-        none = hidden.new_empty(())
-        low = -QMAX if weights.is_gru else 0.0
-        span = weights.span
         sums, codes = torch.empty_like(hidden), torch.empty_like(hidden, dtype=torch.int8)
-        accumulators = hidden.new_empty(*hidden.shape[:2], first.shape[0], dtype=torch.int32)
-        plain = way == "plain"
+        accumulators = codes.new_empty((len(codes), rows, n), dtype=torch.int32)
         return cls(
-            plain=plain,
-            weights=[each.T for each in weights.recurrent] if plain else list(weights.recurrent),
+            plain=way == "plain",
+            weights=own.turned if way == "plain" else list(weights.recurrent),
             packed=own.packed(weights) if way == "packed" else [],
             scale=own.recurrent_scale if limit is None else own.recurrent_scale * limit,
-            span=span,
-            zero_point=128 + int(low),
-            shift=torch.full((), SHIFT + low, device=hidden.device),
-            spans=none if limit is None else span / limit,
-            lows=none if limit is None else low / limit,
+            span=weights.span,
+            zero_point=128 + int(weights.low),
+            shift=own.shift,
+            spans=own.shift if limit is None else weights.span / limit,
+            lows=own.shift if limit is None else weights.low / limit,
             sums=sums,
             bits=sums.view(torch.int32),
             codes=codes,
-            factors=list(codes),
+            factors=list(codes.unbind()),
             accumulators=accumulators,
-            parts=list(accumulators),
-            result=torch.empty_like(accumulators, dtype=torch.float32),
+            parts=list(accumulators.unbind()),
+            result=hidden.new_empty(accumulators.shape),
         )
 
     def narrow(self, rows: int) -> "Product":
@@ -253,14 +246,20 @@ def gru_span(
     r, z = rz.narrow(-1, 0, size), rz.narrow(-1, size, size)
     inputs_rz = steps.narrow(-1, 0, 2 * size).unbind(0)
     inputs_n = steps.narrow(-1, 2 * size, size).unbind(0)
+    sum_rz, sum_n = (
+        product.result.narrow(-1, 0, 2 * size),
+        product.result.narrow(-1, 2 * size, size),
+    )
     scaled = len(product.packed) > 0
     for input_rz, input_n, state in zip(inputs_rz, inputs_n, states.unbind(0)):  # noqa: B905
         gates = multiply(product, hidden)
-        if not scaled:
+        if scaled:  # the product may have memory of its own
+            sum_rz, sum_n = gates.narrow(-1, 0, 2 * size), gates.narrow(-1, 2 * size, size)
+        else:
             torch.addcmul(bias, gates, product.scale, out=gates)
-        torch.add(gates.narrow(-1, 0, 2 * size), input_rz, out=rz)
+        torch.add(sum_rz, input_rz, out=rz)
         rz.sigmoid_()
-        torch.addcmul(input_n, r, gates.narrow(-1, 2 * size, size), out=n)
+        torch.addcmul(input_n, r, sum_n, out=n)
         n.sigmoid_()
         torch.lerp(n, hidden, z, out=state)
         hidden = state

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from octavo.kernels import dynamic_quantize, int8_gemm
+from octavo.kernels.dispatch import is_plain_call
 from octavo.kernels.int8_gemm import int_mm
 from octavo.layers.recurrent_cells import Product, gru_span, loop, lstm_span
 from octavo.layers.recurrent_weights import QMAX, Derived, Weights, derived
@@ -66,6 +67,8 @@ def lstm_steps(
         hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last hidden and
         cell state, float32 [D, B, H].
     """
+    if is_plain_call(inputs.codes, inputs.scale, hidden, cell):
+        return _lstm_operator(*inputs.flat(), hidden, cell)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_lstm_steps(
         *inputs.flat(), hidden, cell
     )
@@ -85,6 +88,8 @@ def gru_steps(inputs: Inputs, hidden: torch.Tensor | None) -> tuple[torch.Tensor
         hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last one,
         float32 [D, B, H].
     """
+    if is_plain_call(inputs.codes, inputs.scale, hidden):
+        return _gru_operator(*inputs.flat(), hidden)
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_gru_steps(
         *inputs.flat(), hidden
     )
@@ -105,7 +110,6 @@ torch.library.define(
 torch.library.define("octavo::int8_gru_steps", f"({_FIELDS}, Tensor? hidden) -> (Tensor, Tensor)")
 
 
-@torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")
 def _lstm_operator(
     *arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,6 +132,9 @@ def _lstm_operator(
     return states, hidden, double
 
 
+torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")(_lstm_operator)
+
+
 @torch.library.register_fake("octavo::int8_lstm_steps")  # type: ignore[untyped-decorator]
 def _lstm_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs, _ = _unflat(arguments)
@@ -136,7 +143,6 @@ def _lstm_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return states, inputs.scale.new_empty(shape), inputs.scale.new_empty(shape)
 
 
-@torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")
 def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, (first,) = _unflat(arguments)
     states = _states(inputs, 0.5)
@@ -153,6 +159,9 @@ def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         for halves in (states, last):
             halves.mul_(2).sub_(1)
     return states, last
+
+
+torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")(_gru_operator)
 
 
 @torch.library.register_fake("octavo::int8_gru_steps")  # type: ignore[untyped-decorator]

@@ -19,6 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["Derived", "Weights", "derived", "packed_product", "packing_is_exact", "reordered"]
 
 QMAX = 127.0
+SHIFT = 1.5 * 2**23
+"""Added to a float32, it rounds it half to even and leaves the integer in its lowest bits."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,13 @@ class Weights:
 
     @property
     def span(self) -> float:
-        """From the ends of a state's interval to how many codes lie between: see `Product`."""
+        """A state's code is round(span * state + low)."""
         return 2 * QMAX if self.is_gru else QMAX
+
+    @property
+    def low(self) -> float:
+        """See `span`."""
+        return -QMAX if self.is_gru else 0.0
 
 
 @dataclass
@@ -70,12 +77,16 @@ class Derived:
         input_bias: float32 [D, N]; for an LSTM the sum of both biases.
         recurrent_scale: of products with codes of hidden states in [-1, 1], float32 [D, 1, N].
         recurrent_bias: float32 [D, 1, N]; None for an LSTM.
+        shift: `Weights.low` and what rounds, float32 [].
+        turned: codes of the recurrent weights, int8 [H, N], one a direction.
     """
 
     input_scale: torch.Tensor
     input_bias: torch.Tensor
     recurrent_scale: torch.Tensor
     recurrent_bias: torch.Tensor | None
+    shift: torch.Tensor
+    turned: list[torch.Tensor]
     _packed: list[Any] = field(default_factory=list)
 
     def packed(self, weights: Weights) -> list[Any]:
@@ -107,14 +118,14 @@ def derived(weights: Weights) -> Derived:
     of them; nor of tensors on a GPU, whose memory may belong to a CUDA graph.
     """
     buffers = [buffer for kind in weights.flat() for buffer in kind]
-    if any(buffer.is_inference() or buffer.device.type != "cpu" for buffer in buffers):
-        return _derive(weights)
     known = _known.get(weights.recurrent[0])
-    if known is None or not _is_of(known[0], buffers):
-        with torch.inference_mode():
-            known = _stamp(buffers), _derive(weights)
-        _known[weights.recurrent[0]] = known
-    return known[1]
+    if known is not None and _is_of(known[0], buffers):
+        return known[1]
+    with torch.inference_mode():
+        made = _derive(weights)
+    if not any(buffer.is_inference() or buffer.device.type != "cpu" for buffer in buffers):
+        _known[weights.recurrent[0]] = _stamp(buffers), made
+    return made
 
 
 def _stamp(buffers: Sequence[torch.Tensor]) -> list[object]:
@@ -138,14 +149,18 @@ def _derive(weights: Weights) -> Derived:
         return torch.stack([way.float() for way in ways]) * factor
 
     input_scale = joined(weights.input_scale)
-    unit = joined(weights.recurrent_scale).unsqueeze(1) / QMAX
-    if not weights.input_bias:
-        zeros = torch.zeros_like(input_scale)
-        return Derived(input_scale, zeros, unit, zeros.unsqueeze(1) if weights.is_gru else None)
-    bias, other = joined(weights.input_bias), joined(weights.recurrent_bias)
-    if weights.is_gru:  # the reset gate multiplies the second one
-        return Derived(input_scale, bias, unit, other.unsqueeze(1))
-    return Derived(input_scale, bias + other, unit, None)
+    bias, other = torch.zeros_like(input_scale), torch.zeros_like(input_scale)
+    if weights.input_bias:
+        bias, other = joined(weights.input_bias), joined(weights.recurrent_bias)
+    return Derived(
+        input_scale,
+        bias if weights.is_gru else bias + other,
+        joined(weights.recurrent_scale).unsqueeze(1) / QMAX,
+        # on its own, for the reset gate multiplies it
+        other.unsqueeze(1) if weights.is_gru else None,
+        torch.full((), SHIFT + weights.low, device=factor.device),
+        [weight.T for weight in weights.recurrent],
+    )
 
 
 def reordered(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:

@@ -27,7 +27,7 @@ from octavo.layers.recurrent_weights import (
 
 __all__ = ["Product", "choose_way", "gru_span", "loop", "lstm_span"]
 
-PACKED_ROWS, PACKED_ALWAYS = 1 << 19, 1 << 21
+PACKED_ROWS, PACKED_ALWAYS = 1 << 16, 1 << 20
 """From how many weights on products of reordered weights are the faster ones: those of several
 rows, and those of one row."""
 
@@ -97,7 +97,7 @@ class Product(NamedTuple):
         accumulators = codes.new_empty((len(codes), rows, n), dtype=torch.int32)
         return cls(
             plain=way == "plain",
-            weights=own.turned if way == "plain" else list(weights.recurrent),
+            weights=[each.T if way == "plain" else each for each in weights.recurrent],
             packed=own.packed(weights) if way == "packed" else [],
             scale=own.recurrent_scale if limit is None else own.recurrent_scale * limit,
             span=weights.span,
@@ -142,7 +142,7 @@ def choose_way(rows: int, weight: torch.Tensor) -> str:
         more; "packed" for FBGEMM, on weights reordered once; "operator" for octavo::int8_gemm,
         whose call takes longer than a small product.
     """
-    if weight.device.type != "cpu" or int_mm.why_not(weight[:rows], weight):
+    if weight.device.type != "cpu" or not rows or int_mm.why_not(weight, weight):
         return "operator"
     worth = weight.numel() >= (PACKED_ALWAYS if rows == 1 else PACKED_ROWS)
     # nothing is remembered of tensors of inference mode: see `derived`

@@ -78,7 +78,6 @@ class Derived:
         recurrent_scale: of products with codes of hidden states in [-1, 1], float32 [D, 1, N].
         recurrent_bias: float32 [D, 1, N]; None for an LSTM.
         shift: `Weights.low` and what rounds, float32 [].
-        turned: codes of the recurrent weights, int8 [H, N], one a direction.
     """
 
     input_scale: torch.Tensor
@@ -86,7 +85,6 @@ class Derived:
     recurrent_scale: torch.Tensor
     recurrent_bias: torch.Tensor | None
     shift: torch.Tensor
-    turned: list[torch.Tensor]
     _packed: list[Any] = field(default_factory=list)
 
     def packed(self, weights: Weights) -> list[Any]:
@@ -95,19 +93,21 @@ class Derived:
         A GRU's hidden states h are held as (h + 1) / 2, whose codes are 127 too large; the bias
         takes that back.
         """
-        if self._packed:
-            return self._packed
-        for way, codes in enumerate(weights.recurrent):
-            scale, bias = self.recurrent_scale[way, 0], None
-            if self.recurrent_bias is not None:
-                excess = QMAX * codes.sum(1, dtype=torch.int64).double() * scale.double()
-                bias = (self.recurrent_bias[way, 0].double() - excess).float()
-            self._packed.append(reordered(codes, scale * weights.span, bias))
+        if not self._packed:
+            # assigned whole: another thread may look at the same time
+            self._packed = [self._pack(weights, way) for way in range(len(weights.recurrent))]
         return self._packed
 
+    def _pack(self, weights: Weights, way: int) -> Any:
+        codes, scale, bias = weights.recurrent[way], self.recurrent_scale[way, 0], None
+        if self.recurrent_bias is not None:
+            excess = QMAX * codes.sum(1, dtype=torch.int64).double() * scale.double()
+            bias = (self.recurrent_bias[way, 0].double() - excess).float()
+        return reordered(codes, scale * weights.span, bias)
 
-_Known = tuple[list[object], Derived]
-_known: MutableMapping[torch.Tensor, _Known] = WeakTensorKeyDictionary()
+
+_Stamp = list[tuple["weakref.ref[torch.Tensor]", int]]
+_known: MutableMapping[torch.Tensor, tuple[_Stamp, Derived]] = WeakTensorKeyDictionary()
 """The first recurrent weights of a layer -> which buffers there were, and what came of them."""
 
 
@@ -121,18 +121,17 @@ def derived(weights: Weights) -> Derived:
     known = _known.get(weights.recurrent[0])
     if known is not None and _is_of(known[0], buffers):
         return known[1]
+    if any(buffer.is_inference() or buffer.device.type != "cpu" for buffer in buffers):
+        return _derive(weights)
+    # versions first: a change while this computes is then seen by the next call
+    stamp: _Stamp = [(weakref.ref(buffer), buffer._version) for buffer in buffers]
     with torch.inference_mode():
         made = _derive(weights)
-    if not any(buffer.is_inference() or buffer.device.type != "cpu" for buffer in buffers):
-        _known[weights.recurrent[0]] = _stamp(buffers), made
+    _known[weights.recurrent[0]] = stamp, made
     return made
 
 
-def _stamp(buffers: Sequence[torch.Tensor]) -> list[object]:
-    return [(weakref.ref(buffer), buffer._version) for buffer in buffers]
-
-
-def _is_of(stamp: list[Any], buffers: Sequence[torch.Tensor]) -> bool:
+def _is_of(stamp: _Stamp, buffers: Sequence[torch.Tensor]) -> bool:
     return len(stamp) == len(buffers) and all(
         known() is buffer and version == buffer._version
         for (known, version), buffer in zip(stamp, buffers, strict=True)
@@ -159,7 +158,6 @@ def _derive(weights: Weights) -> Derived:
         # on its own, for the reset gate multiplies it
         other.unsqueeze(1) if weights.is_gru else None,
         torch.full((), SHIFT + weights.low, device=factor.device),
-        [weight.T for weight in weights.recurrent],
     )
 
 

@@ -11,11 +11,14 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from octavo.core.errors import InputError
-from octavo.kernels import dynamic_quantize, int8_gemm
+from octavo.kernels import dynamic_quantize
+from octavo.kernels.dispatch import is_plain_call, note
+from octavo.kernels.dynamic_quantize.reference import quantize_rows
 from octavo.layers.linear import compute_dtype
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent_layout import Padded, Ragged, Sequences
 from octavo.layers.recurrent_steps import Inputs, gru_steps, lstm_steps
+from octavo.layers.recurrent_weights import Weights
 from octavo.quant import PerChannel, choose_qparams, quantize
 
 __all__ = ["Int8GRU", "Int8LSTM"]
@@ -27,15 +30,11 @@ class _Int8Recurrent(QuantizedModule):
     """What both layers do: shapes, layers and directions, and one quantized input product each.
 
     Attributes:
-        gates: gates of a cell; the third is a tanh, and its part of every sum is doubled, because
-            tanh(x) = 2 sigmoid(2 x) - 1.
-        states: kinds of states that a cell carries.
+        gates: gates of a cell.
         kind: the float layer.
     """
 
     gates: int
-    states: int
-    _factor: torch.Tensor
     kind: type[nn.RNNBase]
 
     def __init__(
@@ -68,10 +67,7 @@ class _Int8Recurrent(QuantizedModule):
                     if bias:
                         zeros = torch.zeros(rows, dtype=dtype, device=device)
                         self.register_buffer(f"bias_{part}{end}", zeros)
-        factor = torch.ones(self.gates, hidden_size, dtype=torch.float32, device=device)
-        factor[2] = 2
-        self.register_buffer("_factor", factor.flatten(), persistent=False)
-        self.float32 = (*scales, "_factor")
+        self.float32 = tuple(scales)
 
     @classmethod
     def _from_float(cls: type[LayerT], module: nn.RNNBase) -> LayerT:
@@ -171,49 +167,34 @@ class _Int8Recurrent(QuantizedModule):
     ) -> list[torch.Tensor]:
         """One layer, all its directions: hidden states as `data` has its rows, last states."""
         ends = self._ends(layer)
-        codes, scale = dynamic_quantize(data)
+        codes, scale = _quantized(data)
         inputs = Inputs(
             sequences.ways(codes, len(ends)),
             sequences.ways(scale, len(ends)),
-            [self.get_buffer(f"weight_ih{end}") for end in ends],
-            self._doubled([self.get_buffer(f"weight_ih{end}_scale") for end in ends]),
-            self._input_bias(ends),
-            [self.get_buffer(f"weight_hh{end}") for end in ends],
-            self._doubled([self.get_buffer(f"weight_hh{end}_scale") for end in ends]),
+            self._weights(ends),
             sequences.sizes,
         )
-        if first is None:
-            shape = (len(ends), sequences.batch, self.hidden_size)
-            first = tuple(scale.new_zeros(shape) for _ in range(self.states))
-            states, *last = self._recur(inputs, first, ends, zero=True)
-        else:
-            states, *last = self._recur(inputs, first, ends, zero=False)
+        states, *last = self._recur(inputs, first)
         return [sequences.outputs(states), *last]
 
-    def _doubled(self, ways: list[torch.Tensor]) -> torch.Tensor:
-        """float32 [D, gates * H] with the part of the tanh doubled, which is exact."""
-        rows = ways[0].unsqueeze(0) if len(ways) == 1 else torch.stack(ways)
-        return rows * self._factor
+    def _weights(self, ends: list[str]) -> Weights:
+        def named(kind: str, after: str = "") -> list[Any]:
+            return [self._buffers[kind + end + after] for end in ends]
 
-    def _biases(self, part: str, ends: list[str]) -> torch.Tensor:
-        """float32 [D, gates * H], doubled as the scales are."""
-        if self.bias:
-            return self._doubled([self.get_buffer(f"bias_{part}{end}") for end in ends])
-        scale = self.get_buffer(f"weight_ih{ends[0]}_scale")
-        return torch.zeros(len(ends), len(scale), device=scale.device)
-
-    @abstractmethod
-    def _input_bias(self, ends: list[str]) -> torch.Tensor:
-        """What is added to the input's product, float32 [D, gates * H]."""
+        return Weights(
+            named("weight_ih"),
+            named("weight_ih", "_scale"),
+            named("bias_ih") if self.bias else [],
+            named("weight_hh"),
+            named("weight_hh", "_scale"),
+            named("bias_hh") if self.bias else [],
+        )
 
     @abstractmethod
     def _recur(
-        self, inputs: Inputs, first: tuple[torch.Tensor, ...], ends: list[str], *, zero: bool
+        self, inputs: Inputs, first: tuple[torch.Tensor, ...] | None
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states [T, D, B, H], and the last states [D, B, H] of each kind.
-
-        `zero` says that the first states are zero.
-        """
+        """Hidden states [T, D, B, H], and the last states [D, B, H] of each kind."""
 
 
 class Int8LSTM(_Int8Recurrent):
@@ -242,7 +223,6 @@ class Int8LSTM(_Int8Recurrent):
     """
 
     gates = 4
-    states = 2
     kind = nn.LSTM
     proj_size = 0
 
@@ -277,30 +257,11 @@ class Int8LSTM(_Int8Recurrent):
         output, (hidden, cell) = self._run(input, hx)
         return output, (hidden, cell)
 
-    def _input_bias(self, ends: list[str]) -> torch.Tensor:
-        return self._biases("ih", ends) + self._biases("hh", ends)
-
     def _recur(
-        self,
-        inputs: Inputs,
-        first: tuple[torch.Tensor, ...],
-        ends: list[str],
-        *,
-        zero: bool,
+        self, inputs: Inputs, first: tuple[torch.Tensor, ...] | None
     ) -> tuple[torch.Tensor, ...]:
-        hidden, cell = first
-        if zero:
-            return lstm_steps(inputs, cell, None)
-        products = [
-            int8_gemm(codes, weight, scale_h, by, out_dtype=torch.float32)
-            for weight, by, (codes, scale_h) in zip(
-                inputs.recurrent,
-                inputs.recurrent_scale,
-                [dynamic_quantize(hidden[way]) for way in range(len(ends))],
-                strict=True,
-            )
-        ]
-        return lstm_steps(inputs, cell, torch.stack(products))
+        hidden, cell = first or (None, None)
+        return lstm_steps(inputs, hidden, cell)
 
 
 class Int8GRU(_Int8Recurrent):
@@ -327,7 +288,6 @@ class Int8GRU(_Int8Recurrent):
     """
 
     gates = 3
-    states = 1
     kind = nn.GRU
 
     @classmethod
@@ -360,19 +320,18 @@ class Int8GRU(_Int8Recurrent):
         output, (hidden,) = self._run(input, None if hx is None else (hx,))
         return output, hidden
 
-    def _input_bias(self, ends: list[str]) -> torch.Tensor:
-        return self._biases("ih", ends)
-
     def _recur(
-        self,
-        inputs: Inputs,
-        first: tuple[torch.Tensor, ...],
-        ends: list[str],
-        *,
-        zero: bool,
+        self, inputs: Inputs, first: tuple[torch.Tensor, ...] | None
     ) -> tuple[torch.Tensor, ...]:
-        (hidden,) = first
-        # added on its own: the reset gate multiplies it
-        bias = self._biases("hh", ends).unsqueeze(1)
-        peak = hidden.new_ones(()) if zero else hidden.abs().amax(-1, keepdim=True)
-        return gru_steps(inputs, hidden, peak.clamp(min=1), bias)
+        (hidden,) = first or (None,)
+        return gru_steps(inputs, hidden)
+
+
+def _quantized(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and a scale a row; without the operator where a short sequence would feel its call."""
+    plain = is_plain_call(data) and data.dtype == torch.float32 and data.device.type == "cpu"
+    if not plain or data.numel() == 0:
+        return dynamic_quantize(data)
+    codes, scale = quantize_rows(data.detach().reshape(-1, data.shape[-1]))
+    note("dynamic_quantize", "reference")
+    return codes.view(data.shape), scale.view(data.shape[:-1])

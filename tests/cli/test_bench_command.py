@@ -41,6 +41,7 @@ SHAPES = {
     "int8_conv2d": ("3x16x8x24x3x1x1", "3x16x8x24x3x1x1", "F.conv2d fp32 NHWC"),
     "depthwise_conv2d": ("2x8x9x9x3x1", "2x8x9x9", "torch fp32 NHWC"),
     "depthwise_separable_conv2d": ("2x8x9x12x3x1", "2x8x9 to 12", "torch fp32 NHWC"),
+    "linear_attention": ("2x40x2x16", "2x40x2x16", "SDPA (softmax)"),
 }
 """Operator -> a small shape, how the table calls it, and what torch offers for it."""
 

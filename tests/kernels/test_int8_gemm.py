@@ -208,3 +208,13 @@ GOOD = {"x_q": codes(2, 8), "w_q": codes(4, 8), "scale_x": ONE, "scale_w": ONE}
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         int8_gemm(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_one_product_a_sum(rows: int) -> None:
+    """torch._int_mm reads foreign memory there, so it is not asked."""
+    x, w = codes(rows, 1), codes(5, 1, seed=1)
+    found = int8_gemm(x, w, out_dtype=torch.int32)
+    assert torch.equal(found, x.int() * w.int().T)
+    with pytest.raises(UnsupportedError, match="reads beyond its arguments where K is 1"):
+        int8_gemm(x, w, out_dtype=torch.int32, backend="int_mm")

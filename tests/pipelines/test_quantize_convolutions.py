@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import Lite0
 from torch import nn
 from torch.nn import functional
 
@@ -20,6 +20,9 @@ from octavo.layers import Int8Conv2d, Int8Linear
 from octavo.layers.codes import Dequantize, Int8Add, Quantize
 from octavo.layers.int8_separable import Int8DepthwiseSeparableConv2d
 from octavo.quant import sqnr_db
+
+if TYPE_CHECKING:
+    from conftest import Lite0
 
 RECIPE = Int8Static("minmax", smooth=None)
 

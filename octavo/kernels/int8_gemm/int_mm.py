@@ -18,6 +18,8 @@ def why_not(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
     if not rows or not n or not k:
         return "there is nothing to multiply"
     if x.device.type == "cpu":
+        if k == 1 and n > 1:
+            return "torch._int_mm reads beyond its arguments where K is 1"
         if not _exact_on_cpu():
             return "torch._int_mm is not exact on this processor"
         return ""

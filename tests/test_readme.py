@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from octavo.core.results import Comparison
+from octavo.quant import sqnr_db
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,11 +59,39 @@ def layer_rows(found: dict[str, Any]) -> list[str]:
 FLOAT = "PyTorch float32"
 
 
+def network_rows(found: dict[str, Any]) -> list[str]:
+    """Mobile networks: a form of one a row, latency of 1 and of 32 pictures, and closeness."""
+    rows = []
+    for network in (name for name in found if name != "device"):
+        close = found[network]["closeness"]
+        latency = found[network]["latency_ms"]
+        for form in latency["batch 1"]:
+            ones, many = (latency[f"batch {count}"][form]["p50"] for count in (1, 32))
+            known = close.get(form.removesuffix(", compiled"), {})
+            closeness = f"{known['sqnr_db']:.1f} dB" if known else "–"
+            rows.append(f"| {network}, {form} | {ones:.1f} ms | {many:.0f} ms | {closeness} |")
+    return rows
+
+
+def attention_rows(found: dict[str, Any]) -> list[str]:
+    """Softmax and linear attention: accuracy, training, and latency by length."""
+    times = {(one["model"], one["steps"]): f"{one['p50']:.1f} ms" for one in found["latency_ms"]}
+    rows = []
+    for model in found["models"]:
+        cells = [times.get((model["model"], steps), "–") for steps in (64, 1024, 4096)]
+        trained = f"{model['seconds']:.0f} s" if model["seconds"] else "–"
+        accuracy = f"{100 * model['accuracy']:.1f} %"
+        rows.append(f"| {model['model']} | {accuracy} | {trained} | {' | '.join(cells)} |")
+    return rows
+
+
 def expected_rows() -> list[str]:
     demo, calibrators = results("demo")["results"], results("calibrators")["results"]
     measured = [row for row in demo["rows"] if "sqnr_db" in row and row["latency_ms"]]
     rows = [*map(engine_row, measured), *map(calibrator_row, calibrators["rows"])]
-    return rows + layer_rows(results("minilm")["results"])
+    rows += layer_rows(results("minilm")["results"])
+    rows += network_rows(results("mobilenet")["results"])
+    return rows + attention_rows(results("digits")["results"])
 
 
 @pytest.mark.parametrize("row", expected_rows())
@@ -70,7 +100,7 @@ def test_figures_are_those_of_the_results_files(row: str) -> None:
 
 
 def test_no_other_rows_of_figures() -> None:
-    figures = re.compile(r"\| \d.* (ms|s|dB|reference) \||\| [\d.]+ dB \|$")
+    figures = re.compile(r"^\|.*\d (ms|s|dB|%|MB) \|")
     rows = [line for line in README.splitlines() if figures.search(line)]
     assert sorted(rows) == sorted(expected_rows())
 
@@ -85,7 +115,7 @@ def test_the_allocators_share_is_told() -> None:
 def test_the_example_runs_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example, _ = EXAMPLES
+    example = EXAMPLES[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -103,7 +133,7 @@ def test_the_example_runs_as_it_is_written(
 def test_the_swap_runs_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, example = EXAMPLES
+    example = EXAMPLES[1]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -111,3 +141,19 @@ def test_the_swap_runs_as_it_is_written(
     assert names["embeddings"].shape == (8, 384)
     assert (tmp_path / "minilm.safetensors").stat().st_size < 60e6
     assert "37 of 40 layers with weights are quantized" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_convolutions_run_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    example = EXAMPLES[2]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own README
+    x = names["photos"][64:72]
+    with torch.no_grad():
+        expected = names["model"](x)
+        assert sqnr_db(expected, names["fused"](x)) > 80
+        assert sqnr_db(expected, names["quantized"](x)) > 12
+    printed = capsys.readouterr().out
+    assert "blocks: 16 of 16" in printed
+    assert "50 of 50 layers with weights are quantized" in printed

@@ -24,7 +24,9 @@ def why_not(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
         return "on a GPU its patches would go through memory"
     if not len(x):
         return "there is nothing to multiply"
-    return int_mm.why_not(x[:, : w.shape[1]].permute(0, 2, 3, 1), w.flatten(1)[:, : w.shape[1]])
+    groups, weights = x.shape[1] // w.shape[1], w.flatten(1)
+    patches = x[:, :1].permute(0, 2, 3, 1).expand(-1, -1, -1, weights.shape[1])
+    return int_mm.why_not(patches, weights[: len(w) // groups])
 
 
 def int8_conv2d(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:

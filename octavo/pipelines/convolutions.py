@@ -27,6 +27,7 @@ from octavo.layers.plan import Choice
 from octavo.layers.recipes import Int8Static
 from octavo.layers.swap import Made
 from octavo.pipelines.calibrate import calibrate_source
+from octavo.pipelines.models import in_evaluation
 from octavo.pipelines.sources import ModelSource, first_batch, resolve_model
 from octavo.quant import QParams
 from octavo.quant.weights import quantize_weight
@@ -72,6 +73,8 @@ class Int8Graph:
         self.made = {name: Made(layer, "a scale a tensor") for name, layer in layers.items()}
         why = "it is part of several convolutions that were merged; quantize the fused model"
         self.refused.update(dict.fromkeys(self.forms.keys() & merged, why))
+        why = "it is half of a fused pair without codes, or the graph calls it twice"
+        self.refused.update(dict.fromkeys(forms.keys() - layers.keys(), why))
         return result
 
 
@@ -135,7 +138,8 @@ def _calibrated(
         example = first if example is None else example
     graph = Int8Graph(batches, example)
     try:
-        source = resolve_model(model.eval(), example)
+        with in_evaluation(model):
+            source = resolve_model(model, example)
     except ExportError as error:
         why = f"its graph cannot be exported: {str(error).splitlines()[0]}"
         graph.refused.update(dict.fromkeys(wanted, why))

@@ -11,20 +11,26 @@ from torch import nn
 
 from octavo.core.errors import InputError
 
-__all__ = ["evaluating", "held_bytes", "run_batch"]
+__all__ = ["evaluating", "held_bytes", "in_evaluation", "run_batch"]
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with in_evaluation(model), torch.no_grad():
+        yield
 
 
 def run_batch(model: nn.Module, batch: Any, name: str) -> None:

@@ -220,6 +220,14 @@ def test_other_recipes_say_why_not(net: Net) -> None:
     assert details["head"] == "convolutions quantize with scales of whole tensors; use Int8Static()"
 
 
+def test_the_model_stays_in_its_mode() -> None:
+    model = network()
+    model.one.train()
+    octavo.quantize(model, RECIPE, [images(16)], verbose=False)
+    assert model.one.norm1.training
+    assert not model.training
+
+
 def test_refusals(net: Net) -> None:
     batches, before = [images(16)], copy.deepcopy(net.state_dict())
     with pytest.raises(InputError, match=r"becomes a graph of its own; .*exclude torch.nn.Conv2d"):

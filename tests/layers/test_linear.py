@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from octavo.core.errors import InputError
 from octavo.layers import Int8Linear, WeightOnlyLinear
@@ -202,3 +204,19 @@ def infinite() -> nn.Linear:
     linear = nn.Linear(4, 4)
     linear.weight.data[1, 1] = torch.inf
     return linear
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_computes_an_activation_once_for_all_its_readers() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(64, 48), nn.Linear(48, 32)
+    gelu, after = Int8Linear.from_float(first, activation="gelu"), Int8Linear.from_float(second)
+    x = torch.randn(9, 64)
+    with torch.no_grad():
+        one, _ = run_and_get_code(torch.compile(gelu, fullgraph=True), x)
+        both = nn.Sequential(gelu, after)
+        two, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), x)
+    torch.testing.assert_close(one, gelu(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two, both(x), rtol=2e-2, atol=2e-2)
+    assert code.count(".erf()") == 1, code
+    assert "octavo.int8_gemm" not in code

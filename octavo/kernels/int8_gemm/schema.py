@@ -75,11 +75,11 @@ def int8_gemm(
     n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
     check_epilogue(epilogue, x_q, scales_x=[(), batch], n=n, result=(*batch, n))
     tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
-    # a compiler computes a costly activation anew for each reader, such as the two passes of the
-    # quantization that follows; called whole it is computed once
-    simple = activation in ("none", "relu", "relu6")
-    if is_inlined(x_q, backend) and simple and not int_mm.why_not(x_q, w_q):
-        return int_mm.int8_gemm(x_q, w_q, epilogue)
+    if is_inlined(x_q, backend) and not int_mm.why_not(x_q, w_q):
+        y = int_mm.int8_gemm(x_q, w_q, epilogue)
+        # Inductor would compute an error function anew for each reader, such as the passes of the
+        # quantization that follows; a tensor seen by its strides it writes once
+        return y.as_strided(y.shape, y.stride()) if activation == "gelu" else y
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
     result: torch.Tensor = call(
         *tensors, activation, out_dtype, out_zero_point, residual_zero_point, backend

@@ -112,14 +112,15 @@ def why_not_linear(module: nn.Module) -> str:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether a caller has changed what a call does; transformers hooks in only to read."""
+    """Whether a caller has changed what a call does; transformers and Octavo change nothing."""
     hooks = [
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(),
         *(module._backward_pre_hooks or {}).values(),
     ]
-    strange = [h for h in hooks if not getattr(h, "__module__", "").startswith("transformers.")]
+    known = ("transformers.", "octavo.")
+    strange = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith(known)]
     return bool(strange) or "forward" in module.__dict__
 
 

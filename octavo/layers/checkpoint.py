@@ -27,7 +27,7 @@ from octavo.layers.linear import Int8Linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
 from octavo.layers.structure import Edits, places
-from octavo.layers.swap import DroppedActivation, drop_activation, identity, keep_off_fused_kernels
+from octavo.layers.swap import DroppedActivation, drop_activation, finish, identity
 from octavo.layers.weight_only import WeightOnlyLinear
 
 __all__ = ["load_quantized", "save_quantized"]
@@ -219,8 +219,7 @@ def _rebuild(model: nn.Module, header: Mapping[str, Any], edits: Edits) -> nn.Mo
         if not hasattr(parent, attribute):
             raise ArtifactError(f"{name!r} has no {attribute!r}; this is another architecture")
         drop_activation(parent, attribute, edits)
-    for module in model.modules():
-        keep_off_fused_kernels(module, edits)
+    finish(model, edits)
     return model
 
 

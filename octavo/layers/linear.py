@@ -11,6 +11,7 @@ from octavo.core.errors import InputError
 from octavo.kernels import dynamic_quantize, fold_zero_point, int8_gemm, static_quantize
 from octavo.layers import linear_cpu
 from octavo.layers.module import QuantizedModule
+from octavo.layers.shared_codes import SharedCodes
 from octavo.quant import PerChannel, choose_qparams, quantize
 
 __all__ = ["Int8Linear", "compute_dtype"]
@@ -40,6 +41,7 @@ class Int8Linear(QuantizedModule):
         bias: [N], or None; float32 where a zero point is folded into it.
         smooth: float32 [K], or None; for a static layer it includes the scale of x.
         input_scale: float32 [], or None for a dynamic layer.
+        shared: quantizes x for several layers, where they are given the same one.
     """
 
     weight: torch.Tensor
@@ -48,6 +50,7 @@ class Int8Linear(QuantizedModule):
     smooth: torch.Tensor | None
     input_scale: torch.Tensor | None
     float32: tuple[str, ...] = ("weight_scale", "smooth", "input_scale")
+    shared: SharedCodes | None = None
 
     def __init__(
         self,
@@ -156,9 +159,11 @@ class Int8Linear(QuantizedModule):
         plain = rows is None and self.smooth is None and self.input_scale is None
         if plain and linear_cpu.applies(x, self.weight, self.weight_scale, self.bias):
             return linear_cpu.dynamic_linear(
-                x, self.weight, self.weight_scale, self.bias, self.activation
+                x, self.weight, self.weight_scale, self.bias, self.activation, self.shared
             )
-        if self.input_scale is None:
+        if self.input_scale is None and self.smooth is None and self.shared is not None:
+            codes, scale = self.shared.codes(x, dynamic_quantize)
+        elif self.input_scale is None:
             codes, scale = dynamic_quantize(x, smooth=self.smooth)
         else:
             scale = self.input_scale

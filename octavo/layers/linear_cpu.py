@@ -11,6 +11,7 @@ import torch
 from octavo.kernels.dispatch import asked_backend, is_plain_call, note
 from octavo.kernels.dynamic_quantize.reference import quantize_rows
 from octavo.kernels.int8_gemm import int_mm
+from octavo.layers.shared_codes import SharedCodes
 
 __all__ = ["applies", "dynamic_linear"]
 
@@ -42,6 +43,7 @@ def dynamic_linear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str,
+    shared: SharedCodes | None = None,
 ) -> torch.Tensor:
     """activation(x @ W.T + b), x quantized with a scale a token.
 
@@ -51,14 +53,18 @@ def dynamic_linear(
         weight_scale: float32 [N].
         bias: floating [N].
         activation: as in `octavo.kernels.int8_gemm`.
+        shared: where layers share what they quantize.
 
     Returns:
         float32 [..., N].
     """
-    rows = x.detach().reshape(-1, x.shape[-1])
-    codes, scale = quantize_rows(rows)
+    codes, scale = _codes(x) if shared is None else shared.codes(x, _codes)
     sums = torch._int_mm(codes, weight.T)
     y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
-    note("dynamic_quantize", "reference")
     note("int8_gemm", "int_mm")
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    note("dynamic_quantize", "reference")
+    return quantize_rows(x.detach().reshape(-1, x.shape[-1]))

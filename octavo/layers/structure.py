@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
 from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
@@ -15,21 +17,24 @@ __all__ = ["Edits", "activation_of", "following_activations", "places", "take_ap
 
 
 class Edits:
-    """Attributes that were set, and what they were before."""
+    """Changes to modules, and how to take each of them back."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
+        self._back: list[Callable[[], object]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute."""
-        self._before.append((owner, name, getattr(owner, name)))
+        self._back.append(partial(setattr, owner, name, getattr(owner, name)))
         setattr(owner, name, value)
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """Takes note of a hook that was put on a module."""
+        self._back.append(handle.remove)
 
     def undo(self) -> None:
         """Puts everything back, the last change first."""
-        while self._before:
-            owner, name, value = self._before.pop()
-            setattr(owner, name, value)
+        while self._back:
+            self._back.pop()()
 
 
 def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

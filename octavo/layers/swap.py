@@ -14,6 +14,7 @@ from octavo.layers.linear import Int8Linear
 from octavo.layers.plan import Choice
 from octavo.layers.recipes import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
+from octavo.layers.shared_codes import SharedCodes
 from octavo.layers.smooth import Bound, choose_smoothing
 from octavo.layers.structure import Edits, following_activations, places
 from octavo.layers.weight_only import WeightOnlyLinear
@@ -22,11 +23,20 @@ __all__ = [
     "DroppedActivation",
     "Made",
     "drop_activation",
+    "finish",
     "identity",
     "install",
     "keep_off_fused_kernels",
     "quantized_layer",
 ]
+
+PROJECTIONS = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+)
+"""Layers over one tensor, as the modules of transformers call them."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,7 @@ def install(
             edits.set(parent, attribute, new)
     for name, attribute in fused:
         drop_activation(model.get_submodule(name), attribute, edits)
-    for module in model.modules():
-        keep_off_fused_kernels(module, edits)
+    finish(model, edits)
     return fused
 
 
@@ -141,6 +150,36 @@ def drop_activation(parent: nn.Module, attribute: str, edits: Edits) -> None:
     """Takes an activation out of its place."""
     held = isinstance(getattr(parent, attribute), nn.Module)
     edits.set(parent, attribute, DroppedActivation() if held else identity)
+
+
+def finish(model: nn.Module, edits: Edits) -> None:
+    """What modules around quantized layers need to know, once these are in their places."""
+    for module in model.modules():
+        keep_off_fused_kernels(module, edits)
+        _share_codes(module, edits)
+
+
+def _share_codes(module: nn.Module, edits: Edits) -> None:
+    """Projections of transformers' modules quantize once what they are all given.
+
+    Only those of transformers are known not to write into that tensor between two projections.
+    """
+    if not type(module).__module__.startswith("transformers.models."):
+        return
+    for names in PROJECTIONS:
+        layers = [module._modules.get(name) for name in names]
+        dynamic = [
+            layer
+            for layer in layers
+            if isinstance(layer, Int8Linear) and layer.input_scale is None and layer.smooth is None
+        ]
+        if len(dynamic) < 2 or any(layer.shared is not None for layer in dynamic):
+            continue
+        shared = SharedCodes()
+        edits.hook(module.register_forward_pre_hook(shared.begin))
+        edits.hook(module.register_forward_hook(shared.end, always_call=True))
+        for layer in dynamic:
+            edits.set(layer, "shared", shared)
 
 
 def keep_off_fused_kernels(module: nn.Module, edits: Edits) -> None:

@@ -16,7 +16,7 @@ from octavo.kernels.linear_attention.reference import EPS, FEATURE_MAPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")
 
-SMALL = {"CHUNK": 32, "BLOCK_T": 16, "BLOCK_E": 16, "num_warps": 4, "num_stages": 1}
+SMALL = {"CHUNK": 32, "BLOCK_T": 16, "BLOCK_K": 0, "BLOCK_E": 16, "num_warps": 4, "num_stages": 1}
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
 """Relative error norms. float16 and bfloat16: about that of one rounding of features, weights or
 state to TF32 or bfloat16, and one of the result (which the interpreter cuts off)."""
@@ -135,7 +135,7 @@ def test_as_many_queries_as_one_likes(queries: int, keys: int, device: torch.dev
     causal=st.booleans(),
     layout=st.sampled_from(["rows", "heads first", "every second value", "one head for all"]),
     extras=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    cut=st.sampled_from([(16, 16, 16), (64, 16, 32), (64, 32, 16), (128, 64, 64)]),
+    cut=st.sampled_from([(16, 16, 0, 16), (64, 16, 0, 32), (64, 32, 0, 16), (128, 64, 0, 64), (32, 16, 16, 16), (64, 32, 32, 32)]),
 )
 def test_any_call(
     sizes: tuple[int, int, int],
@@ -143,7 +143,7 @@ def test_any_call(
     causal: bool,
     layout: str,
     extras: tuple[bool, bool, bool],
-    cut: tuple[int, int, int],
+    cut: tuple[int, int, int, int],
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (batch, rows, heads), (d, e) = sizes, head

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 __all__ = ["candidates", "config", "for_states", "moved_bytes", "padded"]
 
 Tiles = dict[str, int]
+Form = tuple[int, int, int, int, int]
 
 WAVES = 2
 """Programs wanted for each multiprocessor."""
@@ -14,28 +15,31 @@ LEAST_CHUNK = 256
 """Rows below which a chunk's state is more to move than its keys and values."""
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
-FORM = ("BLOCK_T", "BLOCK_E", "num_warps", "num_stages")
+FORM = ("BLOCK_T", "BLOCK_K", "BLOCK_E", "num_warps", "num_stages")
 CAUSAL = {
-    ("bf16", 64): (32, 64, 4, 2),
-    ("bf16", 128): (16, 32, 8, 2),
-    ("bf16", 256): (16, 16, 8, 1),
-    ("fp16", 64): (32, 32, 4, 1),
-    ("fp16", 128): (32, 32, 8, 1),
-    ("fp16", 256): (16, 16, 8, 1),
-    ("fp32", 64): (16, 16, 8, 2),
+    ("bf16", 64): (32, 0, 64, 4, 2),
+    ("bf16", 128): (16, 0, 32, 8, 2),
+    ("bf16", 256): (16, 0, 16, 8, 1),
+    ("fp16", 64): (32, 0, 32, 4, 1),
+    ("fp16", 128): (32, 0, 32, 8, 1),
+    ("fp16", 256): (16, 0, 16, 8, 1),
+    ("fp32", 64): (16, 0, 16, 8, 2),
+    ("fp32", 128): (64, 32, 64, 8, 1),
+    ("fp32", 256): (64, 32, 64, 8, 1),
 }
-"""Kind and padded D -> BLOCK_T, BLOCK_E, num_warps, num_stages. A causal program holds its state,
-queries, keys and weights at once; these leave no register to spill on any architecture."""
+"""Kind and padded D -> BLOCK_T, BLOCK_K, BLOCK_E, num_warps, num_stages. With BLOCK_K = 0 a causal
+program holds its state, queries, keys and weights at once; else it takes pairs of tokens, BLOCK_K of
+D at a time, and no state with it. These leave no register to spill on any architecture."""
 ALL_KEYS = {
-    ("bf16", 64): (64, 64, 4, 2),
-    ("bf16", 128): (32, 128, 8, 2),
-    ("bf16", 256): (64, 64, 8, 2),
-    ("fp16", 64): (64, 64, 4, 2),
-    ("fp16", 128): (64, 64, 8, 2),
-    ("fp16", 256): (32, 32, 8, 2),
-    ("fp32", 64): (32, 64, 8, 2),
-    ("fp32", 128): (32, 32, 8, 2),
-    ("fp32", 256): (16, 32, 8, 1),
+    ("bf16", 64): (64, 0, 64, 4, 2),
+    ("bf16", 128): (32, 0, 128, 8, 2),
+    ("bf16", 256): (64, 0, 64, 8, 2),
+    ("fp16", 64): (64, 0, 64, 4, 2),
+    ("fp16", 128): (64, 0, 64, 8, 2),
+    ("fp16", 256): (32, 0, 32, 8, 2),
+    ("fp32", 64): (32, 0, 64, 8, 2),
+    ("fp32", 128): (32, 0, 32, 8, 2),
+    ("fp32", 256): (16, 0, 32, 8, 1),
 }
 """The same where queries see all keys, and for the states of chunks in either case."""
 
@@ -53,23 +57,25 @@ def config(
     Args:
         rows: tokens of all sequences.
         heads: of a token.
-        d: length of queries and keys, up to 256; of causal fp32 up to 64.
+        d: length of queries and keys, up to 256.
         e: length of values.
         kind: of q, k and v: fp16, bf16 or fp32.
         causal: whether it is.
         processors: multiprocessors of the device.
 
     Returns:
-        CHUNK (rows that a program takes), BLOCK_T (of which so many at a time), BLOCK_E,
-        num_warps, num_stages.
+        CHUNK (rows of a state), BLOCK_T (of which so many at a time), BLOCK_K, BLOCK_E, num_warps,
+        num_stages; see CAUSAL.
     """
     form = _form(CAUSAL if causal else ALL_KEYS, d, e, kind)
     return _cut(rows, heads, e, processors, form)
 
 
 def for_states(d: int, e: int, kind: str) -> Tiles:
-    """The fields of `config` but CHUNK for the kernel of states, which holds less than others."""
-    return dict(zip(FORM, _form(ALL_KEYS, d, e, kind), strict=True))
+    """BLOCK_T, BLOCK_E and options for the kernel of states, which holds less than others."""
+    form = dict(zip(FORM, _form(ALL_KEYS, d, e, kind), strict=True))
+    del form["BLOCK_K"]
+    return form
 
 
 def candidates(
@@ -81,7 +87,7 @@ def candidates(
     for block_e in (rule["BLOCK_E"], min(2 * rule["BLOCK_E"], padded(e))):
         for block_t in (rule["BLOCK_T"], 2 * rule["BLOCK_T"]):
             for warps, share in ((4, 1), (8, 1), (4, 4), (8, 4)):
-                form = (block_t, block_e, warps, rule["num_stages"])
+                form = (block_t, rule["BLOCK_K"], block_e, warps, rule["num_stages"])
                 tiles = _cut(rows, heads, e, share * processors, form)
                 if tiles not in seen:
                     seen.append(tiles)
@@ -145,14 +151,15 @@ def moved_bytes(
 
 
 def _form(
-    table: Mapping[tuple[str, int], tuple[int, int, int, int]], d: int, e: int, kind: str
-) -> tuple[int, int, int, int]:
-    block_t, block_e, warps, stages = table[kind, max(64, padded(d))]
-    return block_t, min(padded(e), block_e), warps, stages
+    table: Mapping[tuple[str, int], Form], d: int, e: int, kind: str
+) -> Form:
+    block_t, block_k, block_e, warps, stages = table[kind, max(64, padded(d))]
+    return block_t, block_k, min(padded(e), block_e), warps, stages
 
 
-def _cut(rows: int, heads: int, e: int, processors: int, form: tuple[int, int, int, int]) -> Tiles:
-    """Chunks that bring about enough programs, a power of two of rows each."""
-    share = rows * heads * -(-e // form[1]) // (WAVES * processors)
+def _cut(rows: int, heads: int, e: int, processors: int, form: Form) -> Tiles:
+    """Chunks that bring about enough programs, a power of two of rows each; short ones of pairs."""
+    _, pairs, block_e, *_ = form
+    share = 1 if pairs else rows * heads * -(-e // block_e) // (WAVES * processors)
     chunk = max(LEAST_CHUNK, 1 << max(share, 1).bit_length() - 1)
     return {"CHUNK": chunk, **dict(zip(FORM, form, strict=True))}

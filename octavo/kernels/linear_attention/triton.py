@@ -10,14 +10,20 @@ import torch
 import triton
 
 from octavo.kernels.linear_attention.reference import EPS, Options, State
-from octavo.kernels.linear_attention.tiles import candidates, config, for_states, padded
+from octavo.kernels.linear_attention.tiles import (
+    candidates,
+    config,
+    for_states,
+    of_step,
+    padded,
+)
 from octavo.kernels.linear_attention.triton_chunks import (
     outputs_kernel,
     scan_kernel,
     states_kernel,
 )
 from octavo.kernels.linear_attention.triton_pairs import pairs_kernel
-from octavo.kernels.linear_attention.triton_step import step_kernel
+from octavo.kernels.linear_attention.triton_step import normalizer_kernel, step_kernel
 from octavo.kernels.tuning import best, size_bucket
 
 __all__ = ["linear_attention", "linear_attention_step"]
@@ -26,8 +32,6 @@ KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 SCAN_BLOCK = 512
 MAX_STRIDE = 1 << 23
 """From one token to the next, in values; 256 tokens are at most in a block."""
-STEP_BLOCK = 8192
-"""Values of a state that a step's program holds at a time."""
 
 
 def linear_attention(
@@ -218,14 +222,19 @@ def linear_attention_step(
     out = torch.empty((batch, heads, e), dtype=q.dtype, device=q.device)
     if out.numel():
         q, k, v = (_addressable(one) for one in (q, k, v))
-        block_d = padded(d)
+        block_e, split = of_step(batch * heads, d, e, _processors(q.device))
+        sizes: dict[str, Any] = {"FEATURE_MAP": feature_map, "D": d, "BLOCK_D": padded(d)}
+        programs = batch * heads * (triton.cdiv(e, block_e) if split else 1)
         with torch.cuda.device_of(q):
-            step_kernel[(batch * heads,)](
+            step_kernel[(programs,)](
                 q, k, v, *state, out, heads, EPS,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-                FEATURE_MAP=feature_map, D=d, E=e, BLOCK_D=block_d,
-                BLOCK_E=min(padded(e), max(16, STEP_BLOCK // block_d)), num_warps=4,
+                SPLIT=split, E=e, BLOCK_E=block_e, num_warps=4, **sizes,
             )  # fmt: skip
+            if split:  # and no sooner: every block has read the normaliser
+                normalizer_kernel[(batch * heads,)](
+                    k, state.normalizer, heads, *k.stride()[:2], num_warps=1, **sizes
+                )
     return out
 
 

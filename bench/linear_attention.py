@@ -16,7 +16,8 @@ def static_variants() -> Iterator[Variant]:
     """Every kernel as the rule launches it: head sizes, dtypes, masks, packed sequences."""
     kinds = ("bf16", "fp16", "fp32")
     forms = [(d, d, kind) for kind in kinds for d in (64, 128, 256)]
-    odd = [(80, 40, "bf16"), (40, 80, "fp32"), (80, 256, "fp32"), (256, 16, "fp16")]
+    odd = [(80, 40, "bf16"), (200, 136, "bf16"), (80, 80, "fp16"), (256, 16, "fp16")]
+    odd += [(40, 80, "fp32"), (80, 256, "fp32")]
     for form in forms:
         yield _chunks("states", *form)
         yield _chunks("all keys", *form)

@@ -55,6 +55,7 @@ def compare(
     v: torch.Tensor,
     device: torch.device,
     chosen: dict[str, int] | None = None,
+    initial: State | None = None,
     **changes: Any,
 ) -> None:
     options: dict[str, Any] = {
@@ -64,13 +65,14 @@ def compare(
         "eps": EPS,
         "key_padding_mask": None,
         "cu_seqlens": None,
-        "initial": None,
+        "kv": None,
+        "normalizer": None,
     }
+    if initial is not None:
+        options |= initial._asdict()
     options |= changes
-    for name in ("key_padding_mask", "cu_seqlens"):
+    for name in ("key_padding_mask", "cu_seqlens", "kv", "normalizer"):
         options[name] = None if options[name] is None else options[name].to(device)
-    if options["initial"] is not None:
-        options["initial"] = State(*(one.to(device) for one in options["initial"]))
     inputs = [one.to(device) for one in (q, k, v)]
     found = body.linear_attention(*inputs, Options(**options), chosen or SMALL)
     expected = reference.linear_attention(*inputs, Options(**options))
@@ -135,7 +137,16 @@ def test_as_many_queries_as_one_likes(queries: int, keys: int, device: torch.dev
     causal=st.booleans(),
     layout=st.sampled_from(["rows", "heads first", "every second value", "one head for all"]),
     extras=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    cut=st.sampled_from([(16, 16, 0, 16), (64, 16, 0, 32), (64, 32, 0, 16), (128, 64, 0, 64), (32, 16, 16, 16), (64, 32, 32, 32)]),
+    cut=st.sampled_from(
+        [
+            (16, 16, 0, 16),
+            (64, 16, 0, 32),
+            (64, 32, 0, 16),
+            (128, 64, 0, 64),
+            (32, 16, 16, 16),
+            (64, 32, 32, 32),
+        ]
+    ),
 )
 def test_any_call(
     sizes: tuple[int, int, int],
@@ -214,7 +225,7 @@ def test_a_state_is_taken_in_parts(
 
 def test_it_is_deterministic(device: torch.device) -> None:
     inputs = [x.to(device) for x in tokens(1, 100, 1, 16, 16)]
-    options = Options("elu+1", True, True, EPS, None, None, None)
+    options = Options(None, None, None, None, "elu+1", True, True, EPS)
     one, two = (body.linear_attention(*inputs, options, SMALL) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
@@ -280,7 +291,7 @@ def test_bytes_are_what_the_kernels_load_and_store(
     counted("create_masked_store")
     state = state_of(2, 3, 20, 40) if extra else None
     chosen = {**SMALL, "BLOCK_K": block_k, "BLOCK_E": 32}
-    options = Options("elu+1", causal, extra, EPS, None, None, state)
+    options = Options(None, None, *(state or (None, None)), "elu+1", causal, extra, EPS)
     body.linear_attention(*tokens(2, rows, 3, 20, 40), options, chosen)
     assert count == moved(rows, chosen, causal, extra)[0]
 

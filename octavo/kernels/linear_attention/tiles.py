@@ -20,16 +20,17 @@ STEP_BLOCK = 8192
 SECTOR = 8
 """Values that memory gives at least, 32 bytes."""
 FORM = ("BLOCK_T", "BLOCK_K", "BLOCK_E", "num_warps", "num_stages")
+PAIRS_OF_FLOATS = (32, 32, 128, 8, 1)
 CAUSAL = {
     ("bf16", 64): (32, 0, 64, 4, 2),
     ("bf16", 128): (16, 0, 32, 8, 2),
     ("bf16", 256): (64, 64, 256, 8, 1),
     ("fp16", 64): (32, 0, 32, 4, 1),
-    ("fp16", 128): (32, 0, 32, 8, 1),
-    ("fp16", 256): (64, 64, 256, 8, 1),
-    ("fp32", 64): (16, 0, 16, 8, 2),
-    ("fp32", 128): (32, 32, 128, 8, 1),
-    ("fp32", 256): (32, 32, 128, 8, 1),
+    ("fp16", 128): (64, 32, 128, 8, 1),
+    ("fp16", 256): (64, 32, 128, 8, 1),
+    ("fp32", 64): PAIRS_OF_FLOATS,
+    ("fp32", 128): PAIRS_OF_FLOATS,
+    ("fp32", 256): PAIRS_OF_FLOATS,
 }
 """Kind and padded D -> BLOCK_T, BLOCK_K, BLOCK_E, num_warps, num_stages. With BLOCK_K = 0 a program
 holds its state, queries, keys and weights at once; else it takes pairs of tokens, BLOCK_K of D at a
@@ -42,7 +43,7 @@ ALL_KEYS = {
     ("fp16", 128): (64, 0, 64, 8, 2),
     ("fp16", 256): (32, 0, 32, 8, 2),
     ("fp32", 64): (32, 0, 64, 8, 2),
-    ("fp32", 128): (32, 0, 32, 8, 2),
+    ("fp32", 128): (16, 0, 32, 8, 2),
     ("fp32", 256): (16, 0, 32, 8, 1),
 }
 """The same where queries see all keys, and for the states of chunks in either case."""

@@ -43,7 +43,7 @@ def linear_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `schema.linear_attention`; `tiles` replaces what `tiles.config` says."""
     (batch, rows, heads, d), e = q.shape, v.shape[-1]
-    sequences = batch if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
+    sequences = options.sequences(q)
     kinds: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     out = torch.empty((batch, rows, heads, e), dtype=q.dtype, device=q.device)
     # causal results need no sum over the whole sequence

@@ -121,6 +121,8 @@ def candidates(
 
 def _form(table: Mapping[tuple[str, int], Form], d: int, e: int, kind: str) -> Form:
     block_t, block_k, block_e, warps, stages = table[kind, max(64, padded(d))]
+    if block_k and padded(e) <= 64:  # few values for so many threads
+        warps = 4
     return block_t, block_k, min(padded(e), block_e), warps, stages
 
 

@@ -226,6 +226,25 @@ def _fla(kernel: str) -> Maker:
     return make
 
 
+def _fla_step(_case: Case, arguments: Arguments) -> Callable[[], Any]:
+    """Its state is new with every step, and its own normaliser knows no earlier tokens."""
+    from fla.ops.linear_attn import fused_recurrent_linear_attn
+
+    q, k, v, kv, normalizer = (arguments[name] for name in ("q", "k", "v", "kv", "normalizer"))
+
+    def call() -> tuple[torch.Tensor, ...]:
+        queries, keys = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+        token = (x[:, None] for x in (queries, keys, v))
+        sums, state = fused_recurrent_linear_attn(
+            *token, scale=1.0, initial_state=kv, output_final_state=True, normalize=False
+        )
+        normalizer.add_(keys)
+        below = (queries * normalizer).sum(-1, keepdim=True)
+        return (sums[:, 0] / below).to(v.dtype), state, normalizer
+
+    return call
+
+
 PEERS: dict[str, tuple[tuple[str, str, float, Maker], ...]] = {
     "int8_gemm": (
         ("torchao", "torchao", 0.01, _torchao_int8),
@@ -241,6 +260,7 @@ PEERS: dict[str, tuple[tuple[str, str, float, Maker], ...]] = {
         ("fla chunk", "fla", SHORT_NORMALIZER, _fla("chunk_linear_attn")),
         ("fla recurrent", "fla", SHORT_NORMALIZER, _fla("fused_recurrent_linear_attn")),
     ),
+    "linear_attention_step": (("fla recurrent", "fla", SHORT_NORMALIZER, _fla_step),),
 }
 """Operator -> peers: name, package, tolerance, and what prepares the call. torchao's int4 has
 scales and zero points of its own in bfloat16, hence the wide tolerance."""

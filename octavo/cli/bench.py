@@ -32,8 +32,9 @@ def bench(
     operator: Annotated[
         str,
         typer.Argument(
-            help="int8_gemm, weight_only_gemm, dynamic_quantize, static_quantize or "
-            "linear_attention.",
+            help="int8_gemm, weight_only_gemm, dynamic_quantize, static_quantize, int8_conv2d, "
+            "depthwise_conv2d, depthwise_separable_conv2d, linear_attention or "
+            "linear_attention_step.",
             show_default=False,
         ),
     ],

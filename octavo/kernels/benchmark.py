@@ -90,7 +90,7 @@ def measure_case(
     if compiled:  # or the sizes of earlier cases would count as dynamic, and recompiling stop
         torch.compiler.reset()
     arguments = case.make(device)
-    compare = case.check(arguments)
+    compare, restore = case.check(arguments), case.keep(arguments)
     calls = [
         *_own(case, arguments),
         *cases_of(case.operator).baselines(case, arguments, compiled),
@@ -100,6 +100,7 @@ def measure_case(
     timed: dict[str, Call] = {}
     notes: dict[str, str] = {}
     for call in calls:
+        restore()
         reason = _reject(call, compare)
         if reason:
             rows.append(_blank(case, call, reason))

@@ -31,8 +31,11 @@ OPERATORS = (
     "depthwise_conv2d",
     "depthwise_separable_conv2d",
     "linear_attention",
+    "linear_attention_step",
 )
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
+ELSEWHERE = {"linear_attention_step": "linear_attention.step_cases"}
+"""Operators that share another one's folder, and where their cases are."""
 COMPARED_ROWS = 256
 """Rows of a large result that are checked, spread over all of it."""
 PEAK_FACTOR = 8
@@ -55,6 +58,7 @@ class Case:
         make: device -> arguments by name, of seeded random data.
         run: the public function.
         by_row: arguments that hold a row for each row of the result.
+        updated: arguments that a call updates in place.
     """
 
     operator: str
@@ -68,6 +72,17 @@ class Case:
     make: Callable[[torch.device], dict[str, Any]]
     run: Callable[..., Any]
     by_row: tuple[str, ...]
+    updated: tuple[str, ...] = ()
+
+    def keep(self, arguments: Mapping[str, Any]) -> Callable[[], None]:
+        """What makes the arguments again what they are now, after a call has updated some."""
+        kept = {name: arguments[name].clone() for name in self.updated}
+
+        def restore() -> None:
+            for name, value in kept.items():
+                arguments[name].copy_(value)
+
+        return restore
 
     def check(self, arguments: Mapping[str, Any]) -> Callable[[Any, float], str]:
         """What compares results for these arguments with the reference.
@@ -153,7 +168,8 @@ def cases_of(operator: str) -> CasesModule:
     """
     if operator not in OPERATORS:
         raise InputError(f"no operator {operator!r}; choose from {', '.join(OPERATORS)}")
-    return cast("CasesModule", importlib.import_module(f"octavo.kernels.{operator}.cases"))
+    place = ELSEWHERE.get(operator, f"{operator}.cases")
+    return cast("CasesModule", importlib.import_module(f"octavo.kernels.{place}"))
 
 
 def parse_shape(text: str, axes: str) -> tuple[int, ...]:

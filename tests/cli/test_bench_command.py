@@ -42,6 +42,7 @@ SHAPES = {
     "depthwise_conv2d": ("2x8x9x9x3x1", "2x8x9x9", "torch fp32 NHWC"),
     "depthwise_separable_conv2d": ("2x8x9x12x3x1", "2x8x9 to 12", "torch fp32 NHWC"),
     "linear_attention": ("2x40x2x16", "2x40x2x16", "SDPA (softmax)"),
+    "linear_attention_step": ("2x3x16", "2x3x16", "torch einsum"),
 }
 """Operator -> a small shape, how the table calls it, and what torch offers for it."""
 

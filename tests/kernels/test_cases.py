@@ -24,6 +24,7 @@ SHAPES = {
     "depthwise_conv2d": (3, 17, 9, 7, 3, 2),
     "depthwise_separable_conv2d": (3, 17, 9, 12, 3, 1),
     "linear_attention": (9, 40, 2, 16),
+    "linear_attention_step": (9, 2, 16),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
@@ -94,6 +95,9 @@ def test_bytes_and_operations_by_hand() -> None:
     assert floats.bytes == inputs + 2 * 3 * 3 * 6 * 2
     assert codes.bytes == inputs + 2 * 3 * 3 * 6 + 4
     assert floats.operations == 2 * (2 * 3 * 3 * 6) * (4 * 9)
+    (step,) = cases_of("linear_attention_step").cases([(2, 3, 8)], torch.bfloat16)
+    assert step.bytes == 2 * 3 * (2 * 4 * (8 * 8 + 8) + 2 * 4 * 8)
+    assert step.operations == 2 * 3 * 8 * 8 * (2 + 2)
     grouped = cases_of("weight_only_gemm").cases([(1, 4, 256)], torch.float16)[0]
     assert grouped.bytes == 4 * 256 // 2 + 4 * 2 * 2 + (256 + 4) * 2
 
@@ -113,10 +117,11 @@ def test_arguments_are_seeded_and_fit_the_operator(operator: str) -> None:
 def test_every_baseline_agrees_with_the_reference(operator: str) -> None:
     for case in small(operator):
         arguments = case.make(CPU)
-        compare = case.check(arguments)
+        compare, restore = case.check(arguments), case.keep(arguments)
         calls = cases_of(operator).baselines(case, arguments, compiled=False)
         assert calls
         for call in calls:
+            restore()
             assert compare(call.run(), call.tolerance) == "", call.name
 
 
@@ -125,10 +130,10 @@ def test_every_baseline_agrees_with_the_reference(operator: str) -> None:
 def test_a_wrong_row_is_found(operator: str, row: int) -> None:
     case = small(operator)[0]
     arguments = case.make(CPU)
-    result = case.run(**arguments)
+    compare, result = case.check(arguments), case.run(**arguments)
     values = result[0] if isinstance(result, tuple) else result
     values[row % len(values)] += 1
-    problem = case.check(arguments)(result, case.tolerance)
+    problem = compare(result, case.tolerance)
     assert problem.startswith(("its relative error is", "one of its values is off by"))
 
 
@@ -184,6 +189,19 @@ def test_measuring_checks_first() -> None:
     assert linear.gbs == pytest.approx(
         (17 * 96 + 64 * 96 + 17 * 64) * 4 / (linear.p50_us or 1) / 1e3, rel=1e-3
     )
+
+
+def test_calls_that_update_their_arguments_start_from_the_same() -> None:
+    """Or the second one would seem wrong."""
+    case = small("linear_attention_step")[0]
+    arguments = case.make(CPU)
+    before, restore = arguments["kv"].clone(), case.keep(arguments)
+    case.run(**arguments)
+    assert not torch.equal(arguments["kv"], before)
+    restore()
+    assert torch.equal(arguments["kv"], before)
+    rows = measure_case(case, CPU, LIMITS, caches=("warm",), samples=2, seconds=0.01)
+    assert {row.who for row in rows if row.p50_us} == {"octavo", "torch einsum"}
 
 
 def test_cold_and_warm_are_rows_of_their_own() -> None:

@@ -305,7 +305,7 @@ def test_memory_grows_with_the_length(causal: bool) -> None:
     peaks = []
     for rows in (4096, 16384):
         q, k, v = tokens(1, rows, 1, 16, 16)
-        options = reference.Options("elu+1", causal, False, reference.EPS, None, None, None)
+        options = reference.Options(*[None] * 4, "elu+1", causal, False, reference.EPS)
         with Peak() as forward:
             reference.linear_attention(q, k, v, options)
         with Peak() as back:

@@ -17,6 +17,7 @@ from octavo.kernels.linear_attention.reference import (
     divide,
     joined,
     key_features,
+    parted,
     query_features,
     spans,
     values_and_ones,
@@ -49,7 +50,7 @@ def linear_attention_backward(
     for span in spans(q, k, options):
         one = _Span(q, k, v, options, span, state[span.states], back[span.states], grads)
         one.run(grad_out)
-    return (*grads, State(back[..., :-1].contiguous(), back[..., -1].contiguous()))
+    return (*grads, parted(back))
 
 
 class _Span:

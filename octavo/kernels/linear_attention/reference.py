@@ -22,13 +22,16 @@ __all__ = [
     "State",
     "chunks",
     "divide",
+    "empty_state",
     "joined",
     "key_features",
     "linear_attention",
     "linear_attention_step",
+    "parted",
     "query_features",
     "spans",
     "values_and_ones",
+    "working_dtype",
 ]
 
 FEATURE_MAPS = ("elu+1", "relu", "identity")
@@ -53,15 +56,30 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of `schema.linear_attention` beside q, k and v; see there."""
+    """Arguments of `schema.linear_attention` beside q, k and v, in the operator's order; see there.
 
+    The initial state is `kv` and `normalizer`, or neither.
+    """
+
+    key_padding_mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    kv: torch.Tensor | None
+    normalizer: torch.Tensor | None
     feature_map: str
     causal: bool
     return_state: bool
     eps: float
-    key_padding_mask: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    initial: State | None
+
+    @property
+    def initial(self) -> State | None:
+        """The state that comes before."""
+        if self.kv is None or self.normalizer is None:
+            return None
+        return State(self.kv, self.normalizer)
+
+    def sequences(self, q: torch.Tensor) -> int:
+        """How many there are, batches or packed."""
+        return q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
 
 @dataclass(frozen=True)
@@ -95,17 +113,15 @@ def linear_attention(
             queries, _ = query_features(q, rows, options)
             sums = queries @ own
             if options.causal:
-                features, values = (
-                    key_features(k, rows, options),
-                    values_and_ones(v, rows, options),
-                )
+                features = key_features(k, rows, options)
+                values = values_and_ones(v, rows, options)
                 sums += (queries @ features.mT).tril_() @ values
                 own += features.mT @ values
             result, _ = divide(sums, options.eps)
             out[:, rows.start : rows.stop] = result.transpose(1, 2)
     if not options.return_state:
         return out, state.new_empty(0), state.new_empty(0)
-    return out, state[..., :-1].contiguous(), state[..., -1].contiguous()
+    return out, *parted(state)
 
 
 def linear_attention_step(
@@ -165,10 +181,19 @@ def joined(state: State | None, q: torch.Tensor, v: torch.Tensor, options: Optio
     """The state as one new tensor [B or N, H, D, E + 1]; zeros where there is no state."""
     if state is not None:
         return torch.cat([state.kv, state.normalizer[..., None]], -1)
-    count = q.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-    return torch.zeros(
-        count, q.shape[2], q.shape[3], v.shape[3] + 1, dtype=_working(q), device=q.device
-    )
+    return q.new_zeros(options.sequences(q), *q.shape[2:], v.shape[3] + 1, dtype=working_dtype(q))
+
+
+def parted(state: torch.Tensor) -> State:
+    """What `joined` has joined, in new memory, as an operator has to return it."""
+    both = state[..., :-1], state[..., -1]
+    return State(*(one.clone(memory_format=torch.contiguous_format) for one in both))
+
+
+def empty_state(q: torch.Tensor, v: torch.Tensor, options: Options) -> State:
+    """Memory for a state, as an operator returns it."""
+    shape, dtype = (options.sequences(q), *q.shape[2:]), working_dtype(q)
+    return State(q.new_empty((*shape, v.shape[-1]), dtype=dtype), q.new_empty(shape, dtype=dtype))
 
 
 def spans(q: torch.Tensor, k: torch.Tensor, options: Options) -> Iterator[Span]:
@@ -188,13 +213,14 @@ def chunks(rows: range) -> Iterator[range]:
         yield range(start, min(start + CHUNK, rows.stop))
 
 
-def _working(x: torch.Tensor) -> torch.dtype:
+def working_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which sums are held: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _heads(x: torch.Tensor, rows: range) -> torch.Tensor:
     """Rows of [B, T, H, D] as [B, H, rows, D], in the type that is worked in."""
-    return x[:, rows.start : rows.stop].transpose(1, 2).to(_working(x))
+    return x[:, rows.start : rows.stop].transpose(1, 2).to(working_dtype(x))
 
 
 def _masked(x: torch.Tensor, rows: range, options: Options) -> torch.Tensor:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
 from octavo.kernels.linear_attention import reference
-from octavo.kernels.linear_attention.gradient import register_gradient
-from octavo.kernels.linear_attention.reference import EPS, FEATURE_MAPS, Options, State
+from octavo.kernels.linear_attention.gradient import OPTIONS, register_gradient
+from octavo.kernels.linear_attention.reference import (
+    EPS,
+    FEATURE_MAPS,
+    Options,
+    State,
+    empty_state,
+    working_dtype,
+)
 
 __all__ = ["State", "linear_attention", "linear_attention_step"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD = 256
-"""The longest keys and values of a head that the Triton kernels hold in registers."""
-MAX_CAUSAL_FLOAT32 = 64
-"""The same for causal float32, whose products take each operand apart in three."""
+"""The longest keys and values of a head that the Triton kernels take."""
+MAX_TOKEN = 1 << 23
+"""Values of all heads of a token below which their kernels' offsets in a block have 32 bits."""
 
 
 def linear_attention(
@@ -60,9 +69,8 @@ def linear_attention(
         initial_state: what came before; float32 (float64 for float64), of B or N sequences.
         return_state: also give the state after the last key.
         eps: see above; 0 or more.
-        backend: "auto", "triton" (D and E up to 256, D of causal float32 up
-            to 64) or "reference"; one that is named runs or
-            is refused.
+        backend: "auto", "triton" (D and E up to 256) or "reference"; one that is named runs or is
+            refused.
 
     Returns:
         [B, Tq, H, E] in the dtype of q; with `return_state` that and the `State`, in new memory.
@@ -177,7 +185,7 @@ def _check_feature_map(feature_map: str) -> None:
 
 
 def _check_state(state: State, sequences: int, q: torch.Tensor, v: torch.Tensor) -> None:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(q)
     kv, normalizer = state
     shape = (sequences, *q.shape[-2:])
     _check("state.kv", kv, dtype, (*shape, v.shape[-1]), q)
@@ -207,23 +215,12 @@ def _check_lengths(cu_seqlens: torch.Tensor, tokens: int) -> None:
 
 
 def _run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    kv: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    feature_map: str,
-    causal: bool,
-    return_state: bool,
-    eps: float,
-    backend: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if cu_seqlens is not None:
-        _check_lengths(cu_seqlens, q.shape[1])
-    initial = None if kv is None or normalizer is None else State(kv, normalizer)
-    options = Options(feature_map, causal, return_state, eps, key_padding_mask, cu_seqlens, initial)
+    *given, backend = rest
+    options = Options(*given)
+    if options.cu_seqlens is not None:
+        _check_lengths(options.cu_seqlens, q.shape[1])
     body = select("linear_attention", _BODIES, backend, q, k, v, options)
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = body.run(q, k, v, options)
     return found
@@ -233,40 +230,20 @@ _operator = torch.library.custom_op(
     "octavo::linear_attention",
     _run,
     mutates_args=(),
-    schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? cu_seqlens, "
-        "Tensor? kv, Tensor? normalizer, str feature_map, bool causal, bool return_state, "
-        "float eps, str backend) -> (Tensor, Tensor, Tensor)"
-    ),
+    schema=(f"(Tensor q, Tensor k, Tensor v, {OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)"),
 )
 
 
 @_operator.register_fake
 def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    kv: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    feature_map: str,
-    causal: bool,
-    return_state: bool,
-    eps: float,
-    backend: str,
+    q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = Options(*rest[:-1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if not return_state:
-        return out, q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    shape = (sequences, *q.shape[2:])
-    return (
-        out,
-        q.new_empty((*shape, v.shape[-1]), dtype=dtype),
-        q.new_empty(shape, dtype=dtype),
-    )
+    if options.return_state:
+        return out, *empty_state(q, v, options)
+    dtype = working_dtype(q)
+    return out, q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
 
 
 register_gradient(_operator)
@@ -299,61 +276,38 @@ _step_operator = torch.library.custom_op(
 
 
 @_step_operator.register_fake
-def _fake_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: torch.Tensor,
-    normalizer: torch.Tensor,
-    feature_map: str,
-    backend: str,
-) -> torch.Tensor:
+def _fake_step(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_rest: object) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> str:
+def _why_not(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> str:
     """Why the kernels cannot take these, or nothing."""
-    if options.causal and q.dtype == torch.float32 and q.shape[-1] > MAX_CAUSAL_FLOAT32:
-        return (
-            f"causal float32 heads of {q.shape[-1]} are longer than {MAX_CAUSAL_FLOAT32}, and "
-            "registers do not hold them"
-        )
-    return _why_not_step(q, k, v)
-
-
-def _why_not_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> str:
-    """Why the kernel of a step cannot take these, or nothing."""
+    longest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float64:
         return "the kernels have no float64"
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD:
+    if longest > MAX_HEAD:
         return f"heads of {q.shape[-1]} and {v.shape[-1]} are longer than {MAX_HEAD}"
+    if q.shape[-2] * longest >= MAX_TOKEN:
+        return f"{q.shape[-2]} heads of {longest} are {MAX_TOKEN} values a token or more"
     return why_not_triton(q, (8, 0))
 
 
-def _triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from octavo.kernels.linear_attention import triton
+def _triton(name: str) -> Callable[..., Any]:
+    """A launcher by its name; Triton is imported with the first call."""
 
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    found = triton.linear_attention(q, k, v, options)
-    return found
+    def run(*arguments: Any) -> Any:
+        from octavo.kernels.linear_attention import triton
 
+        return getattr(triton, name)(*arguments)
 
-def _triton_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State, feature_map: str
-) -> torch.Tensor:
-    from octavo.kernels.linear_attention import triton
-
-    out: torch.Tensor = triton.linear_attention_step(q, k, v, state, feature_map)
-    return out
+    return run
 
 
 _BODIES = (
-    Body("triton", _why_not, _triton),
+    Body("triton", _why_not, _triton("linear_attention")),
     Body("reference", lambda *_: "", reference.linear_attention, "last"),
 )
 _STEP_BODIES = (
-    Body("triton", _why_not_step, _triton_step),
+    Body("triton", _why_not, _triton("linear_attention_step")),
     Body("reference", lambda *_: "", reference.linear_attention_step, "last"),
 )

@@ -10,13 +10,20 @@ import torch
 import triton
 
 from octavo.kernels.linear_attention.reference import EPS, Options, State
-from octavo.kernels.linear_attention.tiles import candidates, config, for_states, padded
+from octavo.kernels.linear_attention.tiles import (
+    candidates,
+    config,
+    for_states,
+    of_step,
+    padded,
+)
 from octavo.kernels.linear_attention.triton_chunks import (
     outputs_kernel,
     scan_kernel,
     states_kernel,
 )
-from octavo.kernels.linear_attention.triton_step import step_kernel
+from octavo.kernels.linear_attention.triton_pairs import pairs_kernel
+from octavo.kernels.linear_attention.triton_step import normalizer_kernel, step_kernel
 from octavo.kernels.tuning import best, size_bucket
 
 __all__ = ["linear_attention", "linear_attention_step"]
@@ -25,8 +32,6 @@ KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 SCAN_BLOCK = 512
 MAX_STRIDE = 1 << 23
 """From one token to the next, in values; 256 tokens are at most in a block."""
-STEP_BLOCK = 8192
-"""Values of a state that a step's program holds at a time."""
 
 
 def linear_attention(
@@ -38,7 +43,7 @@ def linear_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `schema.linear_attention`; `tiles` replaces what `tiles.config` says."""
     (batch, rows, heads, d), e = q.shape, v.shape[-1]
-    sequences = batch if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
+    sequences = options.sequences(q)
     kinds: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     out = torch.empty((batch, rows, heads, e), dtype=q.dtype, device=q.device)
     # causal results need no sum over the whole sequence
@@ -112,44 +117,43 @@ class _Launches:
         self._options, self._sequences = options, sequences
         self._out, self._total = out, total
         self._sizes = _, d, e = (q.shape[2], q.shape[3], v.shape[3])
-        self._chunk = tiles["CHUNK"]
+        self._chunk, self._tiles = tiles["CHUNK"], tiles
         # an argument that is not there still needs a pointer, which is never read
         mask, self._cu = options.key_padding_mask, options.cu_seqlens
         self._mask = out if mask is None else mask.contiguous().view(torch.uint8)
-        self._blocks = triton.cdiv(e, tiles["BLOCK_E"])
         self._constants: dict[str, Any] = {
             "FEATURE_MAP": options.feature_map,
             "KIND": KINDS[q.dtype],
-            "CAUSAL": options.causal,
             "MASKED": mask is not None,
             "PACKED": options.cu_seqlens is not None,
             "D": d,
             "E": e,
-            "BLOCK_T": tiles["BLOCK_T"],
-            "BLOCK_D": padded(d),
-            "BLOCK_E": tiles["BLOCK_E"],
-            "num_warps": tiles["num_warps"],
-            "num_stages": tiles["num_stages"],
         }
 
     def run(self) -> None:
         """Fills `out` and, unless it is empty, `total`."""
-        initial, causal = self._options.initial, self._options.causal
+        options, initial, causal = self._options, self._options.initial, self._options.causal
+        pairs = causal and self._tiles["BLOCK_K"] > 0
+        # the other causal kernel leaves its state behind
+        summed = options.return_state if pairs else not causal
         slots = self._slots(self._k.shape[1])
         one_chunk_each = slots == self._sequences
-        if one_chunk_each and causal:
-            self._outputs(initial)
-        elif one_chunk_each and initial is None:
-            self._states(slots, self._total)
-            self._outputs(self._total)
+        if one_chunk_each and causal and not summed:
+            self._results(pairs, initial)
+        elif one_chunk_each and initial is None and not causal:
+            self._states(slots, self._total, summed)
+            self._results(pairs, self._total)
         else:
             heads, d, e = self._sizes
             size = d * e + d
             states = torch.empty(slots * heads * size, dtype=torch.float32, device=self._q.device)
             parts = State(states, states[d * e :])
-            self._states(slots, parts, size)
-            self._scan(states)
-            self._outputs(parts if causal else self._total, size if causal else None)
+            self._states(slots, parts, summed, size)
+            self._scan(states, summed)
+            if causal:
+                self._results(pairs, parts, size)
+            else:
+                self._results(pairs, self._total)
 
     def _slots(self, rows: int) -> int:
         """Chunks there may be in that many rows of each sequence, or of all that are packed."""
@@ -162,37 +166,49 @@ class _Launches:
         _, d, e = self._sizes
         return (d * e, d) if size is None else (size, size)
 
-    def _states(self, slots: int, to: State, size: int | None = None) -> None:
+    def _states(self, slots: int, to: State, summed: bool, size: int | None = None) -> None:
         heads, d, e = self._sizes
         form = for_states(d, e, self._constants["KIND"])
         states_kernel[(slots * heads * triton.cdiv(e, form["BLOCK_E"]),)](
             self._k, self._v, self._mask, self._lengths(), *to,
             self._k.shape[1], heads, self._chunk, self._sequences,
             *self._k.stride()[:3], *self._v.stride()[:3], *self._strides(size),
-            **{**self._constants, **form},
+            FINAL=summed, BLOCK_D=padded(d), **self._constants, **form,
         )  # fmt: skip
 
-    def _scan(self, states: torch.Tensor) -> None:
+    def _scan(self, states: torch.Tensor, summed: bool) -> None:
         heads, d, e = self._sizes
         initial = self._options.initial
         blocks = triton.cdiv(d * e + d, SCAN_BLOCK)
         scan_kernel[(self._sequences * heads * blocks,)](
             states, *_contiguous(initial or State(states, states)), *self._total,
             self._lengths(), self._k.shape[1], heads, self._chunk, D=d, E=e,
-            INITIAL=initial is not None, CAUSAL=self._options.causal,
+            INITIAL=initial is not None, CAUSAL=self._options.causal, FINAL=summed,
             PACKED=self._cu is not None, BLOCK=SCAN_BLOCK,
         )  # fmt: skip
 
-    def _outputs(self, state: State | None, size: int | None = None) -> None:
-        slots = self._slots(self._q.shape[1])
-        outputs_kernel[(slots * self._sizes[0] * self._blocks,)](
-            self._q, self._k, self._v, self._mask, self._lengths(),
-            *_contiguous(state or State(self._out, self._out)), *self._total, self._out,
-            self._q.shape[1], self._sizes[0], self._chunk, self._sequences, self._options.eps,
-            *self._q.stride()[:3], *self._k.stride()[:3], *self._v.stride()[:3],
-            *self._strides(size),
-            INITIAL=state is not None, FINAL=self._options.return_state, **self._constants,
-        )  # fmt: skip
+    def _results(self, pairs: bool, state: State | None, size: int | None = None) -> None:
+        """From the state before each chunk, or that of each sequence; None where there is none."""
+        heads, d, e = self._sizes
+        rows, form = self._q.shape[1], {**self._tiles}
+        programs = self._slots(rows) * heads * triton.cdiv(e, form["BLOCK_E"])
+        chunk, block_k = form.pop("CHUNK"), form.pop("BLOCK_K")
+        inputs = (self._q, self._k, self._v, self._mask, self._lengths())
+        states = _contiguous(state or State(self._out, self._out))
+        sizes = (rows, heads, chunk, self._sequences, self._options.eps)
+        strides = [step for one in inputs[:3] for step in one.stride()[:3]]
+        options = {"INITIAL": state is not None, **self._constants, **form}
+        if pairs:
+            pairs_kernel[(programs * triton.cdiv(chunk, form["BLOCK_T"]),)](
+                *inputs, *states, self._out, *sizes, *strides, *self._strides(size),
+                BLOCK_K=block_k, **options,
+            )  # fmt: skip
+        else:
+            outputs_kernel[(programs,)](
+                *inputs, *states, *self._total, self._out, *sizes, *strides, *self._strides(size),
+                CAUSAL=self._options.causal, FINAL=self._options.return_state,
+                BLOCK_D=padded(d), **options,
+            )  # fmt: skip
 
     def _lengths(self) -> torch.Tensor:
         return self._out if self._cu is None else self._cu.contiguous()
@@ -206,14 +222,19 @@ def linear_attention_step(
     out = torch.empty((batch, heads, e), dtype=q.dtype, device=q.device)
     if out.numel():
         q, k, v = (_addressable(one) for one in (q, k, v))
-        block_d = padded(d)
+        block_e, split = of_step(batch * heads, d, e, _processors(q.device))
+        sizes: dict[str, Any] = {"FEATURE_MAP": feature_map, "D": d, "BLOCK_D": padded(d)}
+        programs = batch * heads * (triton.cdiv(e, block_e) if split else 1)
         with torch.cuda.device_of(q):
-            step_kernel[(batch * heads,)](
+            step_kernel[(programs,)](
                 q, k, v, *state, out, heads, EPS,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-                FEATURE_MAP=feature_map, D=d, E=e, BLOCK_D=block_d,
-                BLOCK_E=min(padded(e), max(16, STEP_BLOCK // block_d)), num_warps=4,
+                SPLIT=split, E=e, BLOCK_E=block_e, num_warps=4, **sizes,
             )  # fmt: skip
+            if split:  # and no sooner: every block has read the normaliser
+                normalizer_kernel[(batch * heads,)](
+                    k, state.normalizer, heads, *k.stride()[:2], num_warps=1, **sizes
+                )
     return out
 
 

@@ -1,9 +1,4 @@
-"""Kernels over chunks of tokens: their states, the sums of states, and the results.
-
-A slot is a chunk of a sequence. Sequences of a batch have as many chunks each; those packed by
-cu_seqlens find theirs on the device, sequence n from slot cu_seqlens[n] // chunk + n on, which
-leaves room for every length.
-"""
+"""Kernels over chunks of tokens: their states, the sums of states, and the results."""
 
 from __future__ import annotations
 
@@ -17,65 +12,15 @@ from octavo.kernels.linear_attention.triton_features import (
     product,
     query_features,
 )
+from octavo.kernels.linear_attention.triton_tokens import (
+    chunk_of,
+    columns,
+    kept,
+    offsets,
+    sequence,
+)
 
 __all__ = ["outputs_kernel", "scan_kernel", "states_kernel"]
-
-
-@triton.jit
-def _sequence(number, cu_ptr, T, chunk, PACKED: tl.constexpr):
-    """First row, row after the last, first slot and count of chunks (at least 1) of a sequence."""
-    if PACKED:
-        start = tl.load(cu_ptr + number)
-        stop = tl.load(cu_ptr + number + 1)
-    else:
-        start = 0
-        stop = T
-    count = tl.maximum(tl.cdiv(stop - start, chunk), 1)
-    if PACKED:
-        slot = start // chunk + number
-    else:
-        slot = number * count
-    return start, stop, slot, count
-
-
-@triton.jit
-def _of_slot(slot, cu_ptr, T, chunk, sequences, PACKED: tl.constexpr):
-    """The sequence of a slot."""
-    if PACKED:
-        low = slot * 0
-        high = low + sequences
-        while high - low > 1:
-            middle = (low + high) // 2
-            before = tl.load(cu_ptr + middle) // chunk + middle <= slot
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-    else:
-        low = slot // tl.maximum(tl.cdiv(T, chunk), 1)
-    return low
-
-
-@triton.jit
-def _kept(mask_ptr, rows, inside, MASKED: tl.constexpr):
-    """Which of some rows have a key that counts, [rows, 1]."""
-    if MASKED:
-        inside = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
-    return inside[:, None]
-
-
-@triton.jit
-def _columns(cols, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which columns of a block there are, [1, cols] or, where all are, [1, 1]."""
-    if SIZE % BLOCK == 0:
-        there = tl.full((1, 1), 1, dtype=tl.int1)
-    else:
-        there = (cols < SIZE)[None, :]
-    return there
-
-
-@triton.jit
-def _offsets(rows, stride, cols):
-    """Offsets in a tile, 32 bits each: the launcher sees to it that they are enough."""
-    return rows[:, None] * stride + cols[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "sequences"])
@@ -83,41 +28,36 @@ def states_kernel(
     k_ptr, v_ptr, mask_ptr, cu_ptr, kv_ptr, z_ptr,
     T, H, chunk, sequences,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kv, stride_z,
-    FEATURE_MAP: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, KIND: tl.constexpr, FINAL: tl.constexpr, MASKED: tl.constexpr,
     PACKED: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Of a chunk, a head and a block of E: kv = sum phi(k)^T v and z = sum phi(k), float32.
 
-    They go to slot * H + head, times the strides. CAUSAL: the last chunk of a sequence, which
-    nothing follows, is left out.
+    They go to slot * H + head, times the strides. The last chunk of a sequence, which nothing
+    follows, is left out unless FINAL asks for the sum of all.
     """
     blocks = tl.cdiv(E, BLOCK_E)
     pid = tl.program_id(0)
     block, place = pid % blocks, pid // blocks
     head, slot = place % H, place // H
-    number = _of_slot(slot, cu_ptr, T, chunk, sequences, PACKED)
-    start, stop, first, count = _sequence(number, cu_ptr, T, chunk, PACKED)
-    at = slot - first
-    if at < (count - 1 if CAUSAL else count):
-        batch = (0 * number if PACKED else number).to(tl.int64)
+    _, batch, at, count, begin, end = chunk_of(slot, cu_ptr, T, chunk, sequences, PACKED)
+    if at < (count if FINAL else count - 1):
         inner, ds = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
         es = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        of_d, of_e = _columns(ds, D, BLOCK_D), _columns(es, E, BLOCK_E)
+        of_d, of_e = columns(ds, D, BLOCK_D), columns(es, E, BLOCK_E)
         k_head = k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh
         v_head = v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh
-        in_k, in_v = _offsets(inner, stride_kt, ds), _offsets(inner, stride_vt, es)
+        in_k, in_v = offsets(inner, stride_kt, ds), offsets(inner, stride_vt, es)
         kv = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
         z = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        begin = start + at * chunk
-        end = tl.minimum(begin + chunk, stop)
         for row in range(begin, end, BLOCK_T):
             wide = tl.cast(row, tl.int64)
-            kept = _kept(mask_ptr + batch * T + wide, inner, row + inner < end, MASKED)
+            there = kept(mask_ptr + batch * T + wide, inner, row + inner < end, MASKED)
             # [BLOCK_T, BLOCK_D] and [BLOCK_T, BLOCK_E]
-            k = tl.load(k_head + wide * stride_kt + in_k, mask=kept & of_d, other=0.0)
-            v = tl.load(v_head + wide * stride_vt + in_v, mask=kept & of_e, other=0.0)
-            features = operand(key_features(k, kept & of_d, FEATURE_MAP), KIND)
+            k = tl.load(k_head + wide * stride_kt + in_k, mask=there & of_d, other=0.0)
+            v = tl.load(v_head + wide * stride_vt + in_v, mask=there & of_e, other=0.0)
+            features = operand(key_features(k, there & of_d, FEATURE_MAP), KIND)
             kv = product(tl.trans(features), v.to(features.dtype), kv, KIND)
             z += tl.sum(features.to(tl.float32), axis=0)
         kv_tile = kv_ptr + place.to(tl.int64) * stride_kv + ds[:, None] * E + es[None, :]
@@ -129,11 +69,11 @@ def states_kernel(
 def scan_kernel(
     states_ptr, kv_ptr, z_ptr, kv_out_ptr, z_out_ptr, cu_ptr, T, H, chunk,
     D: tl.constexpr, E: tl.constexpr, INITIAL: tl.constexpr, CAUSAL: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    FINAL: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up the states [slots, H, D * E + D] of a sequence and a head, in order, and the initial.
 
-    CAUSAL: each slot gets what came before it. Else the sum goes to the two outputs.
+    CAUSAL: each slot gets what came before it. FINAL: the sum of all goes to the two outputs.
     """
     size = D * E + D
     blocks = tl.cdiv(size, BLOCK)
@@ -150,16 +90,15 @@ def scan_kernel(
     if INITIAL:
         sums += tl.load(kv_ptr + kv_at, mask=of_kv, other=0.0)
         sums += tl.load(z_ptr + z_at, mask=of_z, other=0.0)
-    _, _, first, count = _sequence(number, cu_ptr, T, chunk, PACKED)
+    _, _, first, count = sequence(number, cu_ptr, T, chunk, PACKED)
+    known = count if FINAL else count - 1
     for at in range(count):
         there = states_ptr + ((first + at).to(tl.int64) * H + head) * size + cols
+        own = tl.load(there, mask=inside & (at < known), other=0.0)
         if CAUSAL:
-            own = tl.load(there, mask=inside & (at < count - 1), other=0.0)
             tl.store(there, sums, mask=inside)
-        else:
-            own = tl.load(there, mask=inside, other=0.0)
         sums += own
-    if not CAUSAL:
+    if FINAL:
         tl.store(kv_out_ptr + kv_at, sums, mask=of_kv)
         tl.store(z_out_ptr + z_at, sums, mask=of_z)
 
@@ -185,21 +124,18 @@ def outputs_kernel(
     pid = tl.program_id(0)
     block, place = pid % blocks, pid // blocks
     head, slot = place % H, place // H
-    number = _of_slot(slot, cu_ptr, T, chunk, sequences, PACKED)
-    start, stop, first, count = _sequence(number, cu_ptr, T, chunk, PACKED)
-    at = slot - first
+    number, batch, at, count, begin, end = chunk_of(slot, cu_ptr, T, chunk, sequences, PACKED)
     if at < count:
         wide_head = head.to(tl.int64)
-        batch = (0 * number if PACKED else number).to(tl.int64)
         inner, ds = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
         es = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        of_d, of_e = _columns(ds, D, BLOCK_D), _columns(es, E, BLOCK_E)
+        of_d, of_e = columns(ds, D, BLOCK_D), columns(es, E, BLOCK_E)
         q_head = q_ptr + batch * stride_qb + wide_head * stride_qh
         k_head = k_ptr + batch * stride_kb + wide_head * stride_kh
         v_head = v_ptr + batch * stride_vb + wide_head * stride_vh
         out_head = out_ptr + (batch * T * H + wide_head) * E
-        in_q, in_k = _offsets(inner, stride_qt, ds), _offsets(inner, stride_kt, ds)
-        in_v, in_out = _offsets(inner, stride_vt, es), _offsets(inner, H * E, es)
+        in_q, in_k = offsets(inner, stride_qt, ds), offsets(inner, stride_kt, ds)
+        in_v, in_out = offsets(inner, stride_vt, es), offsets(inner, H * E, es)
         in_kv, of_state = ds[:, None] * E + es[None, :], (ds < D)[:, None] & of_e
         if INITIAL:
             from_place = place.to(tl.int64) if CAUSAL else number.to(tl.int64) * H + head
@@ -208,8 +144,6 @@ def outputs_kernel(
         else:
             kv = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
             z = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        begin = start + at * chunk
-        end = tl.minimum(begin + chunk, stop)
         for row in range(begin, end, BLOCK_T):
             wide = tl.cast(row, tl.int64)
             inside = row + inner < end
@@ -219,10 +153,10 @@ def outputs_kernel(
             sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
             sums = product(queries, operand(kv, KIND), sums, KIND)
             if CAUSAL:
-                kept = _kept(mask_ptr + batch * T + wide, inner, inside, MASKED)
-                k = tl.load(k_head + wide * stride_kt + in_k, mask=kept & of_d, other=0.0)
-                v = tl.load(v_head + wide * stride_vt + in_v, mask=kept & of_e, other=0.0)
-                keys = operand(key_features(k, kept & of_d, FEATURE_MAP), KIND)
+                there = kept(mask_ptr + batch * T + wide, inner, inside, MASKED)
+                k = tl.load(k_head + wide * stride_kt + in_k, mask=there & of_d, other=0.0)
+                v = tl.load(v_head + wide * stride_vt + in_v, mask=there & of_e, other=0.0)
+                keys = operand(key_features(k, there & of_d, FEATURE_MAP), KIND)
                 v = v.to(keys.dtype)
                 weights = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
                 weights = product(queries, tl.trans(keys), weights, KIND)

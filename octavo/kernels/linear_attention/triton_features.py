@@ -12,7 +12,15 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["divide", "key_features", "operand", "product", "query_features"]
+__all__ = [
+    "divide",
+    "features_below",
+    "key_features",
+    "operand",
+    "product",
+    "query_features",
+    "query_peak",
+]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """The interpreter has no products in bfloat16, and rounds to it by cutting bits off."""
@@ -45,14 +53,29 @@ def query_features(q, there, FEATURE_MAP: tl.constexpr):
         there: which columns are there, [1, D].
         FEATURE_MAP: phi.
     """
+    return features_below(q, there, query_peak(q, there, FEATURE_MAP), FEATURE_MAP)
+
+
+@triton.jit
+def query_peak(q, there, FEATURE_MAP: tl.constexpr):
+    """What decides by how much the features of queries are divided: the largest of each, [T, 1]."""
     x = q.to(tl.float32)
     if FEATURE_MAP == "elu+1":
-        peak = tl.max(tl.where(there, x, float("-inf")), axis=1, keep_dims=True)
+        x = tl.where(there, x, float("-inf"))
+    else:
+        x = tl.abs(_features(x, FEATURE_MAP))
+    return tl.max(x, axis=1, keep_dims=True)
+
+
+@triton.jit
+def features_below(q, there, peak, FEATURE_MAP: tl.constexpr):
+    """Features of some columns of queries, the `query_peak` of all columns being known."""
+    x = q.to(tl.float32)
+    if FEATURE_MAP == "elu+1":
         y = tl.where(x >= 0, x + 1, tl.exp(x - tl.minimum(peak, 0.0)))
         peak = tl.maximum(peak + 1, 1.0)
     else:
         y = _features(x, FEATURE_MAP)
-        peak = tl.max(tl.abs(y), axis=1, keep_dims=True)
         peak = tl.where(peak == 0, 1.0, peak)
     return tl.where(there, y / peak, 0.0)
 

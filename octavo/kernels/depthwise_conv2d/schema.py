@@ -14,7 +14,7 @@ from octavo.kernels.int8_conv2d import onednn
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import check_epilogue
 from octavo.kernels.tracing import is_inlined, wants_gradient
-from octavo.kernels.window import Padding, Pair, Window, make_window
+from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = [
     "check_images",
@@ -23,7 +23,6 @@ __all__ = [
     "depthwise_conv2d",
     "kind",
     "result_dtype",
-    "window_of",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
@@ -240,15 +239,6 @@ def _run(
     body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=bucket)
     result: torch.Tensor = body.run(x, weight, c)
     return result
-
-
-def window_of(
-    weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Window:
-    """The window again, from the lists of a registered operator."""
-    kh, kw = weight.shape[2:]
-    left, right, top, bottom = padding
-    return Window((kh, kw), (stride[0], stride[1]), (left, right, top, bottom), tuple(dilation))  # type: ignore[arg-type]
 
 
 _operator = torch.library.custom_op(

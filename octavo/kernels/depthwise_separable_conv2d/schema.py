@@ -14,7 +14,6 @@ from octavo.kernels.depthwise_conv2d.schema import (
     check_zero_point,
     kind,
     result_dtype,
-    window_of,
 )
 from octavo.kernels.depthwise_separable_conv2d import reference, two_kernel
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
@@ -22,7 +21,7 @@ from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, check_epilogue, check_tensor
 from octavo.kernels.tracing import is_inlined, wants_gradient
-from octavo.kernels.window import Padding, Pair, make_window
+from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = ["depthwise_separable_conv2d"]
 

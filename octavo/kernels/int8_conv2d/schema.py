@@ -14,7 +14,7 @@ from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
 from octavo.kernels.int8_conv2d import int_mm, onednn, reference
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import MAX_K, check_epilogue
-from octavo.kernels.window import Padding, Pair, Window, make_window
+from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = ["int8_conv2d"]
 
@@ -167,21 +167,11 @@ def _run(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
-    c = Convolution(_window(w, stride, padding, dilation), zero_point, epilogue)
+    c = Convolution(window_of(w, stride, padding, dilation), zero_point, epilogue)
     kind = _kind(x, w, c) if x.is_cuda else None
     body = select("int8_conv2d", _BODIES, backend, x, w, c, device=x.device, bucket=kind)
     result: torch.Tensor = body.run(x, w, c)
     return result
-
-
-def _window(
-    w: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Window:
-    """The window again, from the lists that a registered operator takes."""
-    (kh, kw), (left, right, top, bottom) = w.shape[2:], padding
-    return Window(
-        (kh, kw), (stride[0], stride[1]), (left, right, top, bottom), (dilation[0], dilation[1])
-    )
 
 
 _operator = torch.library.custom_op(
@@ -217,7 +207,7 @@ def _fake(
     residual_zero_point: int,
     backend: str,
 ) -> torch.Tensor:
-    high, wide = _window(w, stride, padding, dilation).out_size(*x.shape[2:])
+    high, wide = window_of(w, stride, padding, dilation).out_size(*x.shape[2:])
     return x.new_empty((x.shape[0], high, wide, w.shape[0]), dtype=out_dtype).permute(0, 3, 1, 2)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
 from octavo.kernels.rounding import to_int8
 
 __all__ = [
-    "AXES", "BACKENDS", "BATCHES", "HALF_SUMS", "ONE_CODE", "SHORT", "TOLERANCES", "baselines",
-    "cases", "in_torch", "kernel_of", "padding_of", "small_shapes",
+    "AXES", "BACKENDS", "BATCHES", "baselines", "cases", "in_torch", "in_torch_orders",
+    "kernel_of", "padding_of", "small_shapes",
 ]  # fmt: skip
 
 AXES = "BxCxHxWxKxS"
@@ -42,10 +42,6 @@ LAYERS = (
     (1024, 1, 2048, 5, 1),
     (4096, 1, 2048, 5, 1),
 )
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-ONE_CODE = 1e-3
-"""Error of codes that are one apart here and there."""
 HALF_SUMS = 3e-2
 """Error of sums of rounded values, and of the codes of such sums."""
 STEP = 6 / 255
@@ -121,7 +117,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         bytes=(values + 4 * 2 * channels + 8) if codes else values * dtype.itemsize + 4 * channels,
         operations=2 * results * taps[0] * taps[1],
         rate="",  # memory is the limit
-        tolerance=ONE_CODE if codes else TOLERANCES[dtype],
+        tolerance=ONE_CODE if codes else ROUNDED_ONCE[dtype],
         make=make,
         run=depthwise_conv2d,
         by_row=("x",),
@@ -148,14 +144,31 @@ def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[
         y = functional.conv2d(last, weight, **window, groups=len(bias))
         return end(functional.batch_norm(y, zeros, ones, ones, bias, eps=0.0).clamp_(0, 6))
 
-    title = f"torch {SHORT[case.dtype]}"
+    return in_torch_orders(last, plain, normalized, compiled)
+
+
+def in_torch_orders(
+    last: torch.Tensor,
+    plain: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
+    normalized: Callable[[], torch.Tensor],
+    compiled: bool,
+) -> list[Call]:
+    """Calls of torch for images in both memory orders, each also by Inductor where `compiled`.
+
+    Args:
+        last: the images, channels_last.
+        plain: makes a call from images.
+        normalized: the call with BatchNorms that are not folded, on channels_last images.
+        compiled: whether Inductor is asked too.
+    """
+    title = f"torch {SHORT[last.dtype]}"
     calls = {
         f"{title} NHWC": plain(last),
-        f"{title} NCHW": plain(x.contiguous()),
+        f"{title} NCHW": plain(last.contiguous()),
         f"{title} NHWC with BN": normalized,
     }
     if compiled:
-        calls |= {f"{name} Inductor": inductor(call, x.device) for name, call in calls.items()}
+        calls |= {f"{name} Inductor": inductor(call, last.device) for name, call in calls.items()}
     return [Call(name, call, HALF_SUMS) for name, call in calls.items()]
 
 

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance
 from octavo.kernels.depthwise_conv2d.cases import (
     BATCHES,
-    HALF_SUMS,
-    ONE_CODE,
-    SHORT,
-    TOLERANCES,
     in_torch,
+    in_torch_orders,
 )
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
 
@@ -116,7 +113,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         bytes=moved + (4 * (channels + outputs) + 12 if codes else 0),
         operations=2 * pixels * weights,
         rate="int8" if codes else str(dtype).removeprefix("torch."),
-        tolerance=10 * ONE_CODE if codes else 2 * TOLERANCES[dtype],
+        tolerance=10 * ONE_CODE if codes else 2 * ROUNDED_ONCE[dtype],
         make=make,
         run=depthwise_separable_conv2d,
         by_row=("x",),
@@ -147,15 +144,7 @@ def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[
         y = _normalize(y, first.bias).clamp_(0, 6)
         return first.end(_normalize(functional.conv2d(y, weight), bias).clamp_(0, 6))
 
-    title = f"torch {SHORT[case.dtype]}"
-    calls = {
-        f"{title} NHWC": plain(last),
-        f"{title} NCHW": plain(first.x.contiguous()),
-        f"{title} NHWC with BN": normalized,
-    }
-    if compiled:
-        calls |= {f"{name} Inductor": inductor(call, last.device) for name, call in calls.items()}
-    return [Call(name, call, HALF_SUMS) for name, call in calls.items()]
+    return in_torch_orders(last, plain, normalized, compiled)
 
 
 def _half(arguments: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from octavo.kernels.int8_conv2d import onednn
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import check_epilogue
 from octavo.kernels.tracing import is_inlined, wants_gradient
+from octavo.kernels.tuning import size_bucket
 from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = [
@@ -267,7 +268,8 @@ def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tens
 def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     return (
-        *x.shape,
+        size_bucket(x.shape[0]),
+        *x.shape[1:],
         str(x.dtype).removeprefix("torch."),
         str(c.epilogue.out_dtype).removeprefix("torch."),
         *c.window.kernel,

@@ -14,13 +14,11 @@ from octavo.kernels.depthwise_conv2d.schema import check_zero_point
 from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_conv2d import int_mm, onednn, reference
 from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, check_epilogue, check_tensor
+from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, MOST_ROWS, check_epilogue, check_tensor
+from octavo.kernels.tuning import size_bucket
 from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = ["int8_conv2d"]
-
-MOST_PIXELS = 2**31 - 2**8
-"""Pixels of an image, or of all results, that int32 counts, with a tile beyond the last one."""
 
 
 def int8_conv2d(
@@ -194,10 +192,10 @@ def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
 
 
 def _why_not_triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
-    """Why the kernel cannot make this convolution, or nothing."""
+    """Why the kernel, whose rows are pixels, cannot make this convolution, or nothing."""
     _, _, height, width = x.shape
-    if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_PIXELS:
-        return f"it counts up to {MOST_PIXELS} pixels"
+    if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_ROWS:
+        return f"it counts up to {MOST_ROWS} pixels"
     return why_not_triton(x, (8, 0))
 
 
@@ -205,7 +203,8 @@ def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...
     """What decides which body is the fastest."""
     e, last = c.epilogue, torch.channels_last
     return (
-        *x.shape,
+        size_bucket(x.shape[0]),
+        *x.shape[1:],
         *w.shape,
         *c.window.stride,
         *c.window.dilation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from octavo.kernels.int8_gemm import dequantize, int_mm, reference
 from octavo.kernels.int8_gemm.tiles import bucket
 from octavo.kernels.tracing import is_inlined
 
-__all__ = ["FLOATS", "MAX_K", "check_epilogue", "check_tensor", "int8_gemm"]
+__all__ = ["FLOATS", "MAX_K", "MOST_ROWS", "check_epilogue", "check_tensor", "int8_gemm"]
 
 MAX_K = 2**31 // 128**2 - 1
 """The longest sum of products of two codes that cannot overflow int32."""
+MOST_ROWS = 2**31 - 2**8
+"""Rows of a result that int32 counts, with a tile beyond the last one."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OUTPUTS = (*FLOATS, torch.int8, torch.int32)
 
@@ -242,6 +245,13 @@ def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: reference.Epilogue) -> t
     return triton.int8_gemm(x, w, epilogue)
 
 
+def _why_not_triton(x: torch.Tensor, *_: object) -> str:
+    """Why the kernels cannot multiply these, or nothing."""
+    if math.prod(x.shape[:-1]) > MOST_ROWS:
+        return f"it counts up to {MOST_ROWS} rows"
+    return why_not_triton(x, (8, 0))
+
+
 def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     n, k = w.shape
@@ -258,7 +268,7 @@ def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[obje
 
 
 _BODIES = (
-    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("triton", _why_not_triton, _triton),
     Body("int_mm", int_mm.why_not, int_mm.int8_gemm),
     Body("reference", lambda *_: "", reference.int8_gemm, "last"),
     Body("dequantize", dequantize.why_not, dequantize.int8_gemm, "measured"),

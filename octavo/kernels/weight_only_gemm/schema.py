@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ import torch
 from octavo.core.errors import InputError
 from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.int8_gemm.schema import FLOATS, MOST_ROWS
 from octavo.kernels.tuning import size_bucket
 from octavo.kernels.weight_only_gemm import dequantize, reference
 
 __all__ = ["weight_only_gemm"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BITS = (8, 4, 3, 2)
 FEW = 32
 """Rows up to which making floats of all weights cannot pay."""
@@ -178,6 +179,8 @@ def _why_not_triton(x: torch.Tensor, weight: reference.Weight, *_: object) -> st
     size = weight.group_size
     if size is not None and size % 32:
         return f"groups of {size} are not a multiple of 32"
+    if math.prod(x.shape[:-1]) > MOST_ROWS:
+        return f"it counts up to {MOST_ROWS} rows"
     return why_not_triton(x, (8, 0))
 
 

@@ -180,3 +180,5 @@ def test_what_decides_a_bucket() -> None:
     one = Convolution(make_window((3, 3), (7, 9), 1, 1, 1), 0, raw)
     two = Convolution(make_window((3, 3), (7, 9), 2, 1, 1), 0, raw)
     assert schema.kind(x, weight, one) != schema.kind(x, weight, two)
+    kinds = [schema.kind(codes(batch, 33, 7, 9), weight, one) for batch in (5, 8, 9)]
+    assert kinds[0] == kinds[1] != kinds[2], "batches up to a power of two are alike"

@@ -218,3 +218,9 @@ def test_one_product_a_sum(rows: int) -> None:
     assert torch.equal(found, x.int() * w.int().T)
     with pytest.raises(UnsupportedError, match="reads beyond its arguments where K is 1"):
         int8_gemm(x, w, out_dtype=torch.int32, backend="int_mm")
+
+
+def test_more_rows_than_the_kernels_count() -> None:
+    many = codes(1, 8).expand(2**31, 8)
+    with pytest.raises(UnsupportedError, match="it counts up to 2147483392 rows; use backend"):
+        int8_gemm(many, codes(4, 8), out_dtype=torch.int32, backend="triton")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,13 @@ from torch.nn import functional
 
 from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
+from octavo.kernels.depthwise_conv2d.tiles import config, loaded_pixels
 from octavo.kernels.rounding import to_int8
+from octavo.kernels.window import Window, make_window
 
 __all__ = [
     "AXES", "BACKENDS", "BATCHES", "baselines", "cases", "in_torch", "in_torch_orders",
-    "kernel_of", "padding_of", "small_shapes",
+    "kernel_of", "padding_of", "planned_bytes", "small_shapes", "value_size",
 ]  # fmt: skip
 
 AXES = "BxCxHxWxKxS"
@@ -72,14 +75,15 @@ def padding_of(taps: tuple[int, int]) -> tuple[int, int]:
     return (taps[0] - 1) // 2, (taps[1] - 1) // 2
 
 
+def _window(height: int, width: int, kernel: int, stride: int) -> Window:
+    taps = kernel_of(height, kernel)
+    return make_window(taps, (height, width), stride, padding_of(taps), 1)
+
+
 def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
     batch, channels, height, width, kernel, stride = shape
-    taps = kernel_of(height, kernel)
-    padding = padding_of(taps)
-    size = [
-        (side + 2 * pad - tap) // stride + 1
-        for side, pad, tap in zip((height, width), padding, taps, strict=True)
-    ]
+    window = _window(height, width, kernel, stride)
+    taps, size = window.kernel, window.out_size(height, width)
 
     def make(device: torch.device) -> dict[str, Any]:
         random = torch.Generator(device).manual_seed(channels + height + kernel)
@@ -88,7 +92,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         arguments: dict[str, Any] = {
             "bias": torch.rand(channels, **options) * 3,
             "stride": stride,
-            "padding": padding,
+            "padding": padding_of(taps),
             "activation": "relu6",
         }
         if codes:
@@ -122,6 +126,31 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         run=depthwise_conv2d,
         by_row=("x",),
     )
+
+
+def value_size(case: Case) -> int:
+    """Bytes of a value of a case's images: 1 of codes, as its name says."""
+    return 1 if " i8 of " in case.name else case.dtype.itemsize
+
+
+def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+    """What the kernel's programs read and write, each program each byte once.
+
+    Pixels that two tiles need are read by both, the second time from the L2 cache, mostly.
+
+    Args:
+        case: of `cases`.
+        tiles: fields of `tiles.config`; those of the rule when not given.
+    """
+    batch, channels, height, width, kernel, stride = case.shape
+    window = _window(height, width, kernel, stride)
+    high, wide = window.out_size(height, width)
+    size = value_size(case)
+    tiles = tiles or config(batch, high, wide, channels, size)
+    programs = math.ceil(high / tiles["BLOCK_H"]) * math.ceil(wide / tiles["BLOCK_W"])
+    read = loaded_pixels(window, high, wide, tiles) - height * width
+    again = batch * read * channels + (batch * programs - 1) * channels * window.taps
+    return case.bytes + max(0, again) * size
 
 
 def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:

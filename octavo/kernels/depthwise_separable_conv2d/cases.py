@@ -13,10 +13,13 @@ from octavo.kernels.depthwise_conv2d.cases import (
     BATCHES,
     in_torch,
     in_torch_orders,
+    value_size,
 )
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
+from octavo.kernels.depthwise_separable_conv2d.tiles import config, loaded_bytes
+from octavo.kernels.window import make_window
 
-__all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
+__all__ = ["AXES", "BACKENDS", "baselines", "cases", "planned_bytes", "small_shapes"]
 
 AXES = "BxCxHxNxKxS"
 """Images, channels, side of an image, output channels, side of the kernel, stride."""
@@ -118,6 +121,26 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         run=depthwise_separable_conv2d,
         by_row=("x",),
     )
+
+
+def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+    """What the kernel's programs read and write, each program each byte once.
+
+    Pixels and pointwise weights that two tiles need are read by both, the second time from the L2
+    cache, mostly.
+
+    Args:
+        case: of `cases`.
+        tiles: fields of `tiles.config`; those of the rule when not given.
+    """
+    batch, channels, side, outputs, kernel, stride = case.shape
+    window = make_window((kernel, kernel), (side, side), stride, (kernel - 1) // 2, 1)
+    out = window.out_size(side, side)
+    size = value_size(case)
+    tiles = tiles or config(*out, channels, outputs, size)
+    read = loaded_bytes(window, batch, *out, channels, outputs, size, tiles)
+    once = (batch * side**2 + outputs) * channels * size
+    return case.bytes + max(0, read - once)
 
 
 def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import tempfile
@@ -25,8 +26,22 @@ CLASSES = {
     "wgmma": r"\b(?:HGMMA|IGMMA)\b",
     "tcgen05": r"\b(?:UTC\w*MMA)\b",
 }
+MOST_SECONDS = 20.0
+"""CPU time that the compiler may take for a variant."""
 OPTIONS = ("num_warps", "num_stages")
 SPILLS = r"\b(?:LDL|STL)\b"
+
+
+def epilogue_types(out: str, floats: str = "fp32") -> dict[str, str]:
+    """Types of the pointers that `triton_finish` reads, but for the residual's.
+
+    Args:
+        out: type of the result; a graph of codes has its bias in int32, on the grid of the sums.
+        floats: type of another bias.
+    """
+    names = ("scale_x_ptr", "scale_w_ptr", "residual_scale_ptr", "out_scale_ptr")
+    bias = "*i32" if out == "i8" else f"*{floats}"
+    return {**dict.fromkeys(names, "*fp32"), "bias_ptr": bias}
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,11 @@ class Variant:
 
 
 def compile_variant(variant: Variant, architecture: int) -> dict[str, Any]:
-    """Compiles one variant and reads its machine code."""
+    """Compiles one variant, whatever Triton has in its cache, and reads its machine code.
+
+    Returns:
+        a row of the table, and `cpu_seconds`: CPU time of the compiler and of ptxas.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -70,11 +89,13 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Any]:
         constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options=options,
-    )
+    start = _cpu_seconds()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", architecture, 32), options=options
+        )
+    seconds = _cpu_seconds() - start
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -87,7 +108,13 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Any]:
         "spills": len(re.findall(SPILLS, code)),
         "shared_bytes": int(compiled.metadata.shared),
         **{name: count for name, count in found.items() if count},
+        "cpu_seconds": round(seconds, 1),
     }
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def _cuobjdump(option: str, path: Path) -> str:

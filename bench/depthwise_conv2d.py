@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.aot import UNLIKE, Variant
+from bench.aot import UNLIKE, Variant, epilogue_types
 
 FOLDER = "octavo.kernels.depthwise_conv2d"
-POINTERS = {
-    "scale_x_ptr": "*fp32",
-    "scale_w_ptr": "*fp32",
-    "bias_ptr": "*fp32",
-    "residual_scale_ptr": "*fp32",
-    "out_scale_ptr": "*fp32",
-}
 SIZES = ("H", "W", "C", "OUT_H", "OUT_W", "TOP", "LEFT")
 STEPS = ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W")
 FREE = ("residual_zero_point", "out_zero_point", "zero_point")
@@ -60,7 +53,7 @@ def _variant(
     out: str = "fp16",
     architectures: tuple[int, ...] = (),
 ) -> Variant:
-    pointers = {"x_ptr": f"*{x}", "w_ptr": f"*{x}", "out_ptr": f"*{out}", **POINTERS}
+    pointers = {"x_ptr": f"*{x}", "w_ptr": f"*{x}", "out_ptr": f"*{out}", **epilogue_types(out)}
     pointers["residual_ptr"] = f"*{x}"
     numbers, steps = window_numbers(stride, least)
     constants: dict[str, Any] = {

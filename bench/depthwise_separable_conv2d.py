@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.aot import UNLIKE, Variant
+from bench.aot import UNLIKE, Variant, epilogue_types
 from bench.depthwise_conv2d import BYTES, window_numbers
 
 FOLDER = "octavo.kernels.depthwise_separable_conv2d"
-POINTERS = {
-    "dw_scale_x_ptr": "*fp32",
-    "dw_scale_ptr": "*fp32",
-    "dw_bias_ptr": "*fp32",
-    "mid_scale_ptr": "*fp32",
-    "scale_x_ptr": "*fp32",
-    "scale_w_ptr": "*fp32",
-    "bias_ptr": "*fp32",
-    "residual_scale_ptr": "*fp32",
-    "out_scale_ptr": "*fp32",
-}
+SCALES = ("dw_scale_x_ptr", "dw_scale_ptr", "mid_scale_ptr")
 ZERO_POINTS = ("zero_point", "mid_zero_point", "residual_zero_point", "out_zero_point")
 
 
@@ -55,7 +45,8 @@ def _variant(
     from octavo.kernels.depthwise_separable_conv2d.tiles import pieces
 
     pointers = dict.fromkeys(("x_ptr", "dw_ptr", "pw_ptr", "out_ptr", "residual_ptr"), f"*{x}")
-    pointers |= POINTERS
+    pointers |= {**dict.fromkeys(SCALES, "*fp32"), **epilogue_types(x)}
+    pointers["dw_bias_ptr"] = pointers["bias_ptr"]
     numbers, steps = window_numbers(stride, least)
     constants: dict[str, Any] = {
         **steps,

@@ -6,17 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bench.aot import ARCHITECTURES, UNLIKE, Variant
+from bench.aot import ARCHITECTURES, UNLIKE, Variant, epilogue_types
 from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config, folds
 from octavo.kernels.int8_gemm.tiles import pieces
 
-POINTERS = {
-    "scale_x_ptr": "*fp32",
-    "scale_w_ptr": "*fp32",
-    "bias_ptr": "*fp32",
-    "residual_scale_ptr": "*fp32",
-    "out_scale_ptr": "*fp32",
-}
 SIZES = ("H", "W", "OUT_H", "OUT_W", "M", "residual_zero_point", "out_zero_point", "zero_point")
 HOPPER, SMALL = (9, 0), (8, 6)
 LARGE_MEMORY = (80, 90, 100)
@@ -68,7 +61,7 @@ def _variant(
     architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> Variant:
     pointers = {f"{name}_ptr": "*i8" for name in ("x", "w", "border", "residual")}
-    pointers |= {"out_ptr": f"*{out}", **POINTERS}
+    pointers |= {"out_ptr": f"*{out}", **epilogue_types(out)}
     side = {1: 1, 9: 3, 25: 5, 49: 7}[facts.taps]
     constants: dict[str, Any] = {
         "KERNEL_H": side,

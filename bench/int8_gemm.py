@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.aot import ARCHITECTURES, Variant
+from bench.aot import ARCHITECTURES, Variant, epilogue_types
 
 FOLDER = "octavo.kernels.int8_gemm"
 EPILOGUE = {"TOKEN": True, "CHANNEL": True, "RAW": False, "REQUANTIZE": False}
-POINTERS = {
-    "scale_x_ptr": "*fp32",
-    "scale_w_ptr": "*fp32",
-    "bias_ptr": "*bf16",
-    "residual_ptr": "*bf16",
-    "residual_scale_ptr": "*fp32",
-    "out_scale_ptr": "*fp32",
-    "N": "i32",
-    "K": "i32",
-}
+SIZES = {"N": "i32", "K": "i32"}
 UNSPECIALIZED = {"M": "i32", "residual_zero_point": "i32", "out_zero_point": "i32"}
 HOPPER = (9, 0)
 
@@ -77,6 +68,12 @@ def _end(tiles: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[st
     return constants, {name: tiles[name] for name in tiles if name not in ("PERSISTENT", "FLATTEN")}
 
 
+def _ends(out: str) -> dict[str, str]:
+    """Types of the epilogue's pointers: a residual of codes where the result is codes."""
+    residual = "*i8" if out == "i8" else "*bf16"
+    return {**epilogue_types(out, floats="bf16"), "residual_ptr": residual}
+
+
 def _title(shape: str, tiles: Mapping[str, int], *words: str) -> str:
     block = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MNK")
     return ", ".join([f"int8_gemm: {shape} by {block}", *filter(None, words)])
@@ -93,11 +90,11 @@ def _tiles(
     architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> Variant:
     constants, chosen = _end(tiles, fused)
-    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": f"*{out}", **POINTERS}
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": f"*{out}", **_ends(out), **SIZES}
     types |= {"partial_ptr": "*i32", "arrived_ptr": "*i32"}
     types |= {"stride_xm": "i64", "stride_wn": "i64"}
     if out == "i8":
-        constants["REQUANTIZE"], types["residual_ptr"] = True, "*i8"
+        constants["REQUANTIZE"] = True
     words = (
         "swapped" if tiles["SWAP"] else "",
         "split K" if tiles["SPLIT_K"] > 1 else "",
@@ -120,7 +117,7 @@ def _tiles(
 def _persistent(shape: str, tiles: Mapping[str, int], *, fused: bool = True) -> Variant:
     constants, chosen = _end(tiles, fused)
     chosen = {name: value for name, value in chosen.items() if name not in ("SPLIT_K", "SWAP")}
-    types = {"out_ptr": "*bf16", **POINTERS}
+    types = {"out_ptr": "*bf16", **_ends("bf16"), **SIZES}
     boxes = {
         f"{name}_desc": f"tensordesc<i8[{tiles[block]}, {tiles['BLOCK_K']}]>"
         for name, block in (("x", "BLOCK_M"), ("w", "BLOCK_N"))

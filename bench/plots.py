@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def draw(rows: Sequence[Row], limits: Limits, device: str, out: Path) -> list[Pa
     out.mkdir(parents=True, exist_ok=True)
     name = f"{rows[0].operator}-{gpu_slug(device)}"
     found = [out / f"{name}-roofline.png", out / f"{name}-ratio.png"]
-    if any(intensity(row) for row in rows):
-        _roofline(rows, limits, device, found[0])
-    else:
-        _bandwidth(rows, limits, device, found[0])
-    _ratio(rows, device, found[1])
+    limited = _roofline if any(intensity(row) for row in rows) else _bandwidth
+    with _axes(found[0]) as axes:
+        limited(rows, limits, device, axes)
+    with _axes(found[1]) as axes:
+        _ratio(rows, device, axes)
     return found
 
 
@@ -83,18 +84,27 @@ def _case(row: Row) -> Case | None:
     return next((case for case in cases if case.name == row.case), None)
 
 
-def _roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
+@contextmanager
+def _axes(path: Path) -> Iterator[Any]:
+    """Axes to draw on within the block, whose figure is then written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    yield figure.subplots()
+    figure.savefig(path, dpi=150)
+
+
+def _points(axes: Any, who: str, points: Iterable[tuple[float | None, float | None]]) -> None:
+    """Dots of one implementation; those without a number are left out."""
+    drawn = [(x, y) for x, y in points if x and y]
+    if drawn:
+        axes.plot(*zip(*drawn, strict=True), "o", label=who, markersize=4)
+
+
+def _roofline(rows: Sequence[Row], limits: Limits, device: str, axes: Any) -> None:
     for who in dict.fromkeys(row.who for row in rows if row.p50_us is not None):
-        points = [
-            (intensity(row), row.tops) for row in rows if row.who == who and row.p50_us is not None
-        ]
-        drawn = [(x, y) for x, y in points if x and y]
-        if drawn:
-            axes.plot(*zip(*drawn, strict=True), "o", label=who, markersize=4)
+        timed = [row for row in rows if row.who == who and row.p50_us is not None]
+        _points(axes, who, [(intensity(row), row.tops) for row in timed])
     span = [2.0 ** (power / 8) for power in range(-16, 113)]
     for rate, top in limits.tops.items():
         roof = [min(top, x * limits.copy_gbs / 1e3) for x in span]
@@ -108,18 +118,12 @@ def _roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> N
         title=f"{rows[0].operator} on {device}, cold L2 cache; lines: limits measured in this run",
     )
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
-def _bandwidth(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def _bandwidth(rows: Sequence[Row], limits: Limits, device: str, axes: Any) -> None:
     for who in dict.fromkeys(row.who for row in rows if row.gbs):
         points = [(case.bytes, row.gbs) for row in rows if row.who == who and (case := _case(row))]
-        drawn = [(x, y) for x, y in points if y]
-        axes.plot(*zip(*drawn, strict=True), "o", label=who, markersize=4)
+        _points(axes, who, points)
     axes.axhline(limits.copy_gbs, color="0.6", linewidth=1)
     axes.set(
         xscale="log",
@@ -129,14 +133,9 @@ def _bandwidth(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> 
         title=f"{rows[0].operator} on {device}, cold L2 cache; line: a large copy in this run",
     )
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
-def _ratio(rows: Sequence[Row], device: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def _ratio(rows: Sequence[Row], device: str, axes: Any) -> None:
     for title, points in ratios(rows).items():
         axes.plot(*zip(*points, strict=True), "o-", label=title, markersize=4, linewidth=1)
     axes.axhline(1.0, color="0.6", linewidth=1)
@@ -148,7 +147,6 @@ def _ratio(rows: Sequence[Row], device: str, path: Path) -> None:
     )
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
 
 
 def _title(results: Mapping[str, Any]) -> str:

@@ -33,9 +33,12 @@ def seconds():
 times = [seconds() for _ in range(3)]
 before = set(sys.modules)
 import octavo
+imported = sorted(set(sys.modules) - before)
+import octavo.kernels, octavo.layers
 print(json.dumps({
     "times": times,
-    "imported": sorted(set(sys.modules) - before),
+    "imported": imported,
+    "compiler": "torch._dynamo" in sys.modules,
     "cuda": torch.cuda.is_initialized(),
 }))
 """
@@ -59,6 +62,10 @@ def test_heavy_packages_are_not_imported(fresh: dict) -> None:
     assert "octavo" in fresh["imported"]
     heavy = [name for name in fresh["imported"] if name.split(".")[0] in HEAVY]
     assert not heavy, f"`import octavo` imports {heavy}"
+
+
+def test_operators_and_layers_do_not_import_the_compiler(fresh: dict) -> None:
+    assert fresh["compiler"] is False, "torch._dynamo takes over a second to import"
 
 
 def test_cuda_is_not_initialised(fresh: dict) -> None:

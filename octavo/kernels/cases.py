@@ -12,7 +12,11 @@ import torch
 from octavo.core.errors import InputError
 
 __all__ = [
+    "LINEAR_LAYERS",
+    "ONE_CODE",
     "OPERATORS",
+    "ROUNDED_ONCE",
+    "SHORT",
     "Call",
     "Case",
     "CasesModule",
@@ -36,6 +40,25 @@ OPERATORS = (
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
 ELSEWHERE = {"linear_attention_step": "linear_attention.step_cases"}
 """Operators that share another one's folder, and where their cases are."""
+LINEAR_LAYERS = (
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (6144, 4096),
+    (3072, 768),
+    (8192, 28672),
+    (768, 3072),
+    (4096, 1024),
+    (768, 768),
+)
+"""N and K of linear layers of BERT, Llama and larger."""
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""Names of dtypes in tables."""
+ROUNDED_ONCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+"""Error of results that are computed in float32 and rounded at the end."""
+ONE_CODE = 1e-3
+"""Error of codes that are one apart here and there."""
 COMPARED_ROWS = 256
 """Rows of a large result that are checked, spread over all of it."""
 PEAK_FACTOR = 8

@@ -27,6 +27,7 @@ __all__ = [
     "explain",
     "is_plain_call",
     "note",
+    "run",
     "select",
     "use_backend",
     "why_not_triton",
@@ -124,6 +125,32 @@ def select(
     failed = tuple((name, f"failed: {reason}") for name, reason in found.failures)
     _last[operator] = Decision(operator, found.body, (*passed_over, *failed), found.microseconds)
     return next(body for body in able if body.name == found.body)
+
+
+def run(
+    operator: str,
+    bodies: Sequence[Body],
+    backend: str,
+    arguments: Sequence[Any],
+    kind: Callable[..., tuple[object, ...] | None] | None = None,
+) -> Any:
+    """Selects the implementation for these arguments, and runs it.
+
+    Args:
+        operator: its name, for `explain`.
+        bodies: as of `select`.
+        backend: as of `select`.
+        arguments: of the bodies; the first is a tensor.
+        kind: takes them and gives the bucket of `select`; asked on a GPU only.
+
+    Raises:
+        InputError: no body has this name.
+        UnsupportedError: the body asked for cannot run these arguments; says why.
+    """
+    x = arguments[0]
+    bucket = kind(*arguments) if kind is not None and x.is_cuda else None
+    body = select(operator, bodies, backend, *arguments, device=x.device, bucket=bucket)
+    return body.run(*arguments)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,20 @@ def best(
         return found
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return rule
-    return _look_up(operator, key, device, rule, candidates, run)
+    table = user_table(operator, "tiles", device)
+    found = _look_up(table, key, device, rule)
+    if found is None:
+        if why_not_measure(device):
+            return rule
+        if _handlers:
+            _handlers[-1]([rule, *candidates()], run)
+            return rule
+        with exclusive(f"tiles of {operator}") as free:
+            if not free:
+                return rule
+            found = _tune(table, key, device, [rule, *candidates()], run)
+    _memory[operator, key, device] = found
+    return found
 
 
 def size_bucket(size: int) -> int:
@@ -94,30 +107,12 @@ def instead_of_measuring(handler: Handler) -> Iterator[None]:
         _handlers.remove(handler)
 
 
-def _look_up(
-    operator: str,
-    key: str,
-    device: torch.device,
-    rule: Tiles,
-    candidates: Callable[[], Iterable[Tiles]],
-    run: Callable[[Tiles], object],
-) -> Tiles:
-    table = user_table(operator, "tiles", device)
+def _look_up(table: Table, key: str, device: torch.device, rule: Tiles) -> Tiles | None:
+    """What the user's folder or the package has of a key."""
+    operator = table.facts["operator"]
     if table not in _known:
         _known[table] = {**packaged_entries(operator, device), **table.read()}
-    found = _accept(_known[table].get(key), rule, f"{operator} {key}")
-    if found is None:
-        if why_not_measure(device):
-            return rule
-        if _handlers:
-            _handlers[-1]([rule, *candidates()], run)
-            return rule
-        with exclusive(f"tiles of {operator}") as free:
-            if not free:
-                return rule
-            found = _tune(table, key, device, rule, candidates, run)
-    _memory[operator, key, device] = found
-    return found
+    return _accept(_known[table].get(key), rule, f"{operator} {key}")
 
 
 def _accept(entry: Mapping[str, Any] | None, rule: Tiles, title: str) -> Tiles | None:
@@ -140,16 +135,16 @@ def _tune(
     table: Table,
     key: str,
     device: torch.device,
-    rule: Tiles,
-    candidates: Callable[[], Iterable[Tiles]],
+    candidates: Sequence[Tiles],
     run: Callable[[Tiles], object],
 ) -> Tiles:
+    """Measures the candidates, the rule first, and keeps the fastest."""
     operator = table.facts["operator"]
     with table.lock():
-        ready = _accept(table.read().get(key), rule, f"{operator} {key}")
+        ready = _accept(table.read().get(key), candidates[0], f"{operator} {key}")
         if ready is not None:  # another process was here first
             return ready
-        options = {label(tiles): tiles for tiles in (rule, *candidates())}
+        options = {label(tiles): tiles for tiles in candidates}
         calls = {name: _call(run, tiles) for name, tiles in options.items()}
         _log.info("tuning %s for %s: %d candidates", operator, key, len(calls))
         times, failures = time_candidates(f"{operator} {key}", calls, device)

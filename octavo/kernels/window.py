@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from octavo.core.errors import InputError
 
-__all__ = ["Padding", "Pair", "Window", "make_window"]
+__all__ = ["Padding", "Pair", "Window", "make_window", "window_of"]
 
 Pair = int | tuple[int, int]
 Padding = int | str | tuple[int, int] | tuple[int, int, int, int]
@@ -100,6 +102,24 @@ def make_window(
             f"{height} x {width} with padding {window.padding}; pad it more"
         )
     return window
+
+
+def window_of(
+    weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Window:
+    """The window again, from the lists that a registered operator takes.
+
+    Args:
+        weight: [..., kh, kw].
+        stride: (vertical, horizontal).
+        padding: (left, right, top, bottom).
+        dilation: (vertical, horizontal).
+    """
+    kh, kw = weight.shape[-2:]
+    left, right, top, bottom = padding
+    return Window(
+        (kh, kw), (stride[0], stride[1]), (left, right, top, bottom), (dilation[0], dilation[1])
+    )
 
 
 def _pair(name: str, value: object, least: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from octavo.core.errors import InputError
 from octavo.kernels import int8_conv2d, static_quantize
 from octavo.layers.linear import compute_dtype
 from octavo.layers.module import QuantizedModule
+from octavo.layers.weight_order import in_kernel_order
 from octavo.quant import PerTensor, QParams
 from octavo.quant.weights import quantize_weight
 
@@ -115,7 +116,7 @@ class Int8Conv2d(QuantizedModule):
 
         shape = (out_channels, in_channels // groups, *_pair(self.kernel_size))
         weight = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.register_buffer("weight", _ordered(weight))
+        self.register_buffer("weight", self._ordered(weight))
         self.register_buffer("weight_scale", floats(out_channels))
         self.register_buffer("input_scale", floats())
         like = torch.empty(0, dtype=dtype, device=device)
@@ -291,14 +292,23 @@ class Int8Conv2d(QuantizedModule):
         """The scale of the result where sums times `step` are no codes yet."""
         return self.one if self._requantizes else self.output_scale
 
+    def _ordered(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weights in an order that kernels need not copy at every call."""
+        depthwise = self.groups == self.in_channels == self.out_channels
+        return in_kernel_order(weight, depthwise=depthwise)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.weight = self._ordered(self.weight)  # `.to` may have been given a memory format
+        return self
+
     def config(self) -> dict[str, Any]:
         """See `QuantizedModule`."""
         return {**super().config(), "bias": self.bias is not None}
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        # what was assigned may lie in another order, which kernels would copy at every call
-        self.weight = _ordered(self.weight)
+        self.weight = self._ordered(self.weight)  # it may have been assigned
         self.one = torch.ones_like(self.input_scale)
         self._follow_scales()
 
@@ -332,13 +342,6 @@ def signed(qparams: QParams | None) -> tuple[torch.Tensor, int]:
         )
     shift = 0 if qparams.dtype.symmetric else 128
     return qparams.scale, int(qparams.zero_point) - shift
-
-
-def _ordered(weight: torch.Tensor) -> torch.Tensor:
-    """The weights in the order that kernels read."""
-    if weight.shape[1] > 1:
-        return weight.contiguous(memory_format=torch.channels_last)
-    return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
 def _padding(conv: nn.Conv2d) -> Numbers | str:

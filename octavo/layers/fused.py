@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from octavo.kernels import depthwise_conv2d, depthwise_separable_conv2d
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, IN_PLACE
 from octavo.kernels.int8_gemm.schema import FLOATS
 from octavo.layers.linear import compute_dtype
+from octavo.layers.weight_order import in_kernel_order
 
 __all__ = ["FusedConv2d", "FusedSeparableConv2d"]
 
@@ -43,7 +45,8 @@ class FusedConv2d(nn.Module):
         dtype: of the parameters.
 
     Attributes:
-        weight: [N, C / groups, kh, kw]; it wants no gradient.
+        weight: [N, C / groups, kh, kw]; it wants no gradient. On a GPU it is held in the order in
+            which kernels read it.
         bias: [N], or None.
         sources: names of the layers of the float model that it stands for.
 
@@ -86,6 +89,28 @@ class FusedConv2d(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         zeros = torch.zeros(out_channels, device=device, dtype=dtype) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module` does it, and the weight in the order of its device."""
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._order_weight()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._order_weight()
+        return self
+
+    def _order_weight(self) -> None:
+        """Lays the weight out as it is read; else it would be copied at every call."""
+        weight = self.weight.detach()
+        if not _on_gpu(weight):
+            # torch's convolutions of a CPU read a depthwise weight in its usual order
+            weight = weight.contiguous() if self.depthwise else weight
+        elif self.depthwise or self.channels_last:
+            weight = in_kernel_order(weight, depthwise=self.depthwise)
+        if weight.stride() != self.weight.stride():
+            self.weight.data = weight
 
     @property
     def depthwise(self) -> bool:
@@ -202,6 +227,10 @@ class FusedSeparableConv2d(nn.Module):
 def _has_kernels(x: torch.Tensor) -> bool:
     """Whether Octavo's operators are worth their checks; on a CPU they come down to torch's."""
     return x.device.type != "cpu" and compute_dtype(x) in FLOATS
+
+
+def _on_gpu(weight: torch.Tensor) -> bool:
+    return weight.is_cuda
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the tests of the convolutions share: seeded values, and sums that need no library."""
+"""What the tests of the convolutions share: seeded calls, and sums that need no library."""
 
 from __future__ import annotations
 
@@ -8,9 +8,34 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.kernels.int8_conv2d import onednn
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # of the norm; the interpreter cuts bfloat16 off instead of rounding it
 TOLERANCES = {torch.float16: 5e-4, torch.bfloat16: 8e-3, torch.float32: 1e-6}
+
+DEPTHWISE = {  # B, C, H, W, kernel, stride, padding, dilation
+    "3x3": (2, 33, 7, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "one of all": (1, 1, 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
+    "one pixel": (3, 31, 1, 1, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "three channels": (1, 3, 17, 17, (5, 5), (2, 2), (1, 2, 1, 2), (1, 1)),
+    "a block of channels": (1, 64, 5, 7, (3, 3), (1, 2), (0, 1, 2, 0), (1, 1)),
+    "blocks of channels": (1, 130, 4, 4, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "dilated": (1, 8, 9, 11, (3, 3), (1, 1), (2, 2, 3, 1), (2, 3)),
+    "no square": (2, 5, 3, 12, (1, 7), (1, 3), (3, 3, 0, 0), (1, 1)),
+    "7x7": (1, 16, 7, 7, (7, 7), (1, 1), (3, 3, 3, 3), (1, 1)),
+    "all padding": (1, 4, 2, 2, (3, 3), (3, 3), (4, 4, 4, 4), (1, 1)),
+    "no images": (0, 8, 5, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+}
+SEPARABLE = {  # B, C, H, W, N, kernel, stride, padding, dilation
+    "3x3": (2, 33, 7, 6, 20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "one of all": (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
+    "stride": (1, 3, 17, 17, 7, (5, 5), (2, 2), (1, 2, 1, 2), (1, 1)),
+    "blocks of channels": (1, 130, 4, 5, 16, (3, 3), (1, 2), (0, 1, 2, 0), (1, 1)),
+    "many outputs": (1, 31, 3, 3, 270, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "dilated": (1, 64, 7, 7, 33, (3, 3), (1, 1), (2, 2, 3, 1), (2, 3)),
+    "no images": (0, 8, 5, 5, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+}
 
 
 def codes(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -21,6 +46,43 @@ def codes(*shape: int, seed: int = 0) -> torch.Tensor:
 def reals(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=random).to(dtype)
+
+
+def depthwise_call(
+    shape: str, device: torch.device, dtype: torch.dtype = torch.int8
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Images, weights, and the window's arguments."""
+    b, c, h, w, kernel, stride, padding, dilation = DEPTHWISE[shape]
+    if dtype == torch.int8:
+        x, weight = codes(b, c, h, w), codes(c, 1, *kernel, seed=1)
+    else:
+        x, weight = reals(b, c, h, w, dtype=dtype), reals(c, 1, *kernel, seed=1, dtype=dtype)
+    window = {"stride": stride, "padding": padding, "dilation": dilation}
+    return x.to(device), weight.to(device), window
+
+
+def separable_call(
+    shape: str, device: torch.device, dtype: torch.dtype = torch.int8
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that every call has, and those of the window."""
+    b, c, h, w, n, kernel, stride, padding, dilation = SEPARABLE[shape]
+    if dtype == torch.int8:
+        x, dw, pw = codes(b, c, h, w), codes(c, 1, *kernel, seed=1), codes(n, c, seed=2)
+    else:
+        x = reals(b, c, h, w, dtype=dtype)
+        dw, pw = reals(c, 1, *kernel, seed=1, dtype=dtype), reals(n, c, seed=2, dtype=dtype)
+    values = {
+        "x": x, "dw_weight": dw, "dw_bias": reals(c), "pw_weight": pw, "pw_bias": reals(n),
+    }  # fmt: skip
+    window = {"stride": stride, "padding": padding, "dilation": dilation}
+    return {name: value.to(device) for name, value in values.items()}, window
+
+
+def skip_codes(backend: str, device: torch.device) -> None:
+    if backend in ("conv2d", "onednn") and device.type == "cuda":
+        pytest.skip("torch has no exact sums of codes on a GPU")
+    if backend == "onednn" and onednn.why_not_here():
+        pytest.skip(onednn.why_not_here())
 
 
 def exact_depthwise(
@@ -66,3 +128,16 @@ def error_norm(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative to the norm of what is expected; NaN where something was not written."""
     one, two = found.cpu().double(), expected.cpu().double()
     return float((one - two).norm() / two.norm().clamp_min(1e-30)) if two.numel() else 0.0
+
+
+def keeps_operator(layer: torch.nn.Module, x: torch.Tensor, operator: str) -> None:
+    """Compiled and exported, a layer calls the operator whole, for other batches too."""
+    expected = layer(x)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(compiled(x[:2]), expected[:2])
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(layer, (x,), dynamic_shapes=batch)
+    assert any(operator in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x[:2]), expected[:2])

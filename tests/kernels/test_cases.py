@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import moved
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels.benchmark import Row, best_ratio, measure_case
 from octavo.kernels.cases import OPERATORS, Call, Case, by_importance, cases_of, parse_shape
@@ -100,6 +101,44 @@ def test_bytes_and_operations_by_hand() -> None:
     assert step.operations == 2 * 3 * 8 * 8 * (2 + 2)
     grouped = cases_of("weight_only_gemm").cases([(1, 4, 256)], torch.float16)[0]
     assert grouped.bytes == 4 * 256 // 2 + 4 * 2 * 2 + (256 + 4) * 2
+
+
+# operator and side of the kernel -> the most that a plan moves, as a multiple of the least
+MOST_MOVED = {
+    ("depthwise_conv2d", 3): 2.1,
+    ("depthwise_conv2d", 5): 3.6,
+    ("depthwise_conv2d", 7): 5.5,
+    # 7 x 7 pixels, whose programs each read all weights
+    ("depthwise_separable_conv2d", 3): 13.2,
+    ("depthwise_separable_conv2d", 5): 5.5,
+    ("depthwise_separable_conv2d", 7): 2.8,
+    ("int8_conv2d", 1): 1.0,
+    ("int8_conv2d", 3): 1.1,
+    ("int8_conv2d", 7): 1.1,
+}
+
+
+@pytest.mark.parametrize("operator", moved.OPERATORS)
+def test_what_plans_move(operator: str) -> None:
+    worst: dict[tuple[str, int], float] = {}
+    for case, planned in moved.planned(operator):
+        place = (operator, case.shape[4])
+        assert planned >= case.bytes
+        worst[place] = max(worst.get(place, 0), planned / case.bytes)
+    wanted = {place: most for place, most in MOST_MOVED.items() if place[0] == operator}
+    assert worst == {place: pytest.approx(most, rel=0.06) for place, most in wanted.items()}
+
+
+@every_operator
+def test_bytes_are_those_of_all_arguments_and_results(operator: str) -> None:
+    """The minimum that measurements are counted against: every tensor read or written once."""
+    for dtype in (torch.float32, torch.float16):
+        for case in cases_of(operator).cases([SHAPES[operator]], dtype):
+            arguments = case.make(CPU)
+            results = case.run(**arguments, backend="reference")
+            tensors = [*arguments.values(), *(results if type(results) is tuple else (results,))]
+            moved = sum(one.nbytes for one in tensors if torch.is_tensor(one))
+            assert case.bytes == moved, case.name
 
 
 @every_operator

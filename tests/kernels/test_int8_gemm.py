@@ -9,6 +9,7 @@ import torch
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_gemm
+from octavo.kernels.int8_gemm import int_mm
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm.tiles import config
 
@@ -218,3 +219,14 @@ def test_one_product_a_sum(rows: int) -> None:
     assert torch.equal(found, x.int() * w.int().T)
     with pytest.raises(UnsupportedError, match="reads beyond its arguments where K is 1"):
         int8_gemm(x, w, out_dtype=torch.int32, backend="int_mm")
+
+
+def test_more_rows_than_the_kernels_count() -> None:
+    many = codes(1, 8).expand(2**31, 8)
+    with pytest.raises(UnsupportedError, match="it counts up to 2147483392 rows; use backend"):
+        int8_gemm(many, codes(4, 8), out_dtype=torch.int32, backend="triton")
+
+
+def test_the_compiler_takes_the_probe_for_a_constant() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(int_mm._exact_on_cpu) == vars(marked) != {}

@@ -72,3 +72,10 @@ def test_what_the_gate_stops(changes: dict[str, object], message: str) -> None:
     row = {key: value for key, value in {**ROW, **changes}.items() if value is not None}
     (found,) = static.problems([row], [ROW])
     assert found.startswith(message)
+
+
+def test_a_variant_that_takes_long_to_compile_is_stopped() -> None:
+    assert static.slow([{**ROW, "cpu_seconds": 20.0}]) == []
+    assert static.slow([{**ROW, "cpu_seconds": 20.1}]) == [
+        "k on sm_90 takes 20.1 s of CPU time to compile, and 20 s are allowed"
+    ]

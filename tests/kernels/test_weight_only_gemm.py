@@ -305,6 +305,14 @@ def test_compile_and_export_keep_it_whole() -> None:
     assert torch.equal(program.module()(longer), layer(longer))
 
 
+def test_more_rows_than_the_kernels_count() -> None:
+    many = torch.ones(1, 8).expand(2**31, 8)
+    with pytest.raises(UnsupportedError, match="it counts up to 2147483392 rows; use backend"):
+        weight_only_gemm(
+            many, torch.ones(4, 8, dtype=torch.int8), torch.ones(4), bits=8, backend="triton"
+        )
+
+
 def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     cpu = torch.device("cpu")
     with pytest.raises(UnsupportedError, match="groups of 16 are not a multiple of 32; use"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
+from octavo.kernels.depthwise_conv2d.tiles import config, loaded_pixels
 from octavo.kernels.rounding import to_int8
+from octavo.kernels.window import Window, make_window
 
 __all__ = [
-    "AXES", "BACKENDS", "BATCHES", "HALF_SUMS", "ONE_CODE", "SHORT", "TOLERANCES", "baselines",
-    "cases", "in_torch", "kernel_of", "padding_of", "small_shapes",
+    "AXES", "BACKENDS", "BATCHES", "baselines", "cases", "in_torch", "in_torch_orders",
+    "kernel_of", "padding_of", "planned_bytes", "small_shapes", "value_size",
 ]  # fmt: skip
 
 AXES = "BxCxHxWxKxS"
@@ -42,10 +45,6 @@ LAYERS = (
     (1024, 1, 2048, 5, 1),
     (4096, 1, 2048, 5, 1),
 )
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-ONE_CODE = 1e-3
-"""Error of codes that are one apart here and there."""
 HALF_SUMS = 3e-2
 """Error of sums of rounded values, and of the codes of such sums."""
 STEP = 6 / 255
@@ -76,14 +75,15 @@ def padding_of(taps: tuple[int, int]) -> tuple[int, int]:
     return (taps[0] - 1) // 2, (taps[1] - 1) // 2
 
 
+def _window(height: int, width: int, kernel: int, stride: int) -> Window:
+    taps = kernel_of(height, kernel)
+    return make_window(taps, (height, width), stride, padding_of(taps), 1)
+
+
 def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
     batch, channels, height, width, kernel, stride = shape
-    taps = kernel_of(height, kernel)
-    padding = padding_of(taps)
-    size = [
-        (side + 2 * pad - tap) // stride + 1
-        for side, pad, tap in zip((height, width), padding, taps, strict=True)
-    ]
+    window = _window(height, width, kernel, stride)
+    taps, size = window.kernel, window.out_size(height, width)
 
     def make(device: torch.device) -> dict[str, Any]:
         random = torch.Generator(device).manual_seed(channels + height + kernel)
@@ -92,7 +92,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         arguments: dict[str, Any] = {
             "bias": torch.rand(channels, **options) * 3,
             "stride": stride,
-            "padding": padding,
+            "padding": padding_of(taps),
             "activation": "relu6",
         }
         if codes:
@@ -121,11 +121,36 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         bytes=(values + 4 * 2 * channels + 8) if codes else values * dtype.itemsize + 4 * channels,
         operations=2 * results * taps[0] * taps[1],
         rate="",  # memory is the limit
-        tolerance=ONE_CODE if codes else TOLERANCES[dtype],
+        tolerance=ONE_CODE if codes else ROUNDED_ONCE[dtype],
         make=make,
         run=depthwise_conv2d,
         by_row=("x",),
     )
+
+
+def value_size(case: Case) -> int:
+    """Bytes of a value of a case's images: 1 of codes, as its name says."""
+    return 1 if " i8 of " in case.name else case.dtype.itemsize
+
+
+def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+    """What the kernel's programs read and write, each program each byte once.
+
+    Pixels that two tiles need are read by both, the second time from the L2 cache, mostly.
+
+    Args:
+        case: of `cases`.
+        tiles: fields of `tiles.config`; those of the rule when not given.
+    """
+    batch, channels, height, width, kernel, stride = case.shape
+    window = _window(height, width, kernel, stride)
+    high, wide = window.out_size(height, width)
+    size = value_size(case)
+    tiles = tiles or config(batch, high, wide, channels, size)
+    programs = math.ceil(high / tiles["BLOCK_H"]) * math.ceil(wide / tiles["BLOCK_W"])
+    read = loaded_pixels(window, high, wide, tiles) - height * width
+    again = batch * read * channels + (batch * programs - 1) * channels * window.taps
+    return case.bytes + max(0, again) * size
 
 
 def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
@@ -148,14 +173,31 @@ def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[
         y = functional.conv2d(last, weight, **window, groups=len(bias))
         return end(functional.batch_norm(y, zeros, ones, ones, bias, eps=0.0).clamp_(0, 6))
 
-    title = f"torch {SHORT[case.dtype]}"
+    return in_torch_orders(last, plain, normalized, compiled)
+
+
+def in_torch_orders(
+    last: torch.Tensor,
+    plain: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
+    normalized: Callable[[], torch.Tensor],
+    compiled: bool,
+) -> list[Call]:
+    """Calls of torch for images in both memory orders, each also by Inductor where `compiled`.
+
+    Args:
+        last: the images, channels_last.
+        plain: makes a call from images.
+        normalized: the call with BatchNorms that are not folded, on channels_last images.
+        compiled: whether Inductor is asked too.
+    """
+    title = f"torch {SHORT[last.dtype]}"
     calls = {
         f"{title} NHWC": plain(last),
-        f"{title} NCHW": plain(x.contiguous()),
+        f"{title} NCHW": plain(last.contiguous()),
         f"{title} NHWC with BN": normalized,
     }
     if compiled:
-        calls |= {f"{name} Inductor": inductor(call, x.device) for name, call in calls.items()}
+        calls |= {f"{name} Inductor": inductor(call, last.device) for name, call in calls.items()}
     return [Call(name, call, HALF_SUMS) for name, call in calls.items()]
 
 

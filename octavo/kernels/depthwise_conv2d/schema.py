@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.depthwise_conv2d import conv2d, reference
 from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_conv2d import onednn
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import check_epilogue
 from octavo.kernels.tracing import is_inlined, wants_gradient
-from octavo.kernels.window import Padding, Pair, Window, make_window
+from octavo.kernels.tuning import size_bucket
+from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = [
     "check_images",
@@ -23,7 +25,6 @@ __all__ = [
     "depthwise_conv2d",
     "kind",
     "result_dtype",
-    "window_of",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
@@ -93,27 +94,16 @@ def depthwise_conv2d(
     check_zero_point(x, zero_point)
     window = make_window(weight.shape[2:], x.shape[2:], stride, padding, dilation)
     dtype = result_dtype(x, out_dtype, out_scale)
-    epilogue = Epilogue(
-        scale_x, scale_w, bias, None, out_scale, activation, dtype, out_zero_point=out_zero_point
-    )
-    check_epilogue(epilogue, x, scales_x=[()], n=x.shape[1], result=())
-    if is_inlined(x, backend) or wants_gradient(backend, x, weight, bias):
-        c = Convolution(window, zero_point, epilogue)
-        if not conv2d.why_not(x, weight, c):
-            return conv2d.depthwise_conv2d(x, weight, c)
     tensors = (x, weight, bias, scale_x, scale_w, out_scale)
+    numbers = (window.stride, window.padding, window.dilation)
+    arguments = (*tensors, *numbers, activation, zero_point, out_zero_point, dtype)
+    bound = _bind(*arguments)
+    check_epilogue(bound[-1].epilogue, x, scales_x=[()], n=x.shape[1], result=())
+    inlined = is_inlined(x, backend) or wants_gradient(backend, x, weight, bias)
+    if inlined and not conv2d.why_not(*bound):
+        return conv2d.depthwise_conv2d(*bound)
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.depthwise_conv2d
-    result: torch.Tensor = call(
-        *tensors,
-        window.stride,
-        window.padding,
-        window.dilation,
-        activation,
-        zero_point,
-        out_zero_point,
-        dtype,
-        backend,
-    )
+    result: torch.Tensor = call(*arguments, backend)
     return result
 
 
@@ -214,7 +204,7 @@ def result_dtype(
     return x.dtype if x.is_floating_point() else torch.float32
 
 
-def _run(
+def _bind(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -228,27 +218,20 @@ def _run(
     zero_point: int,
     out_zero_point: int,
     out_dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, Convolution]:
+    """What bodies take, from the arguments of the registered operator."""
     epilogue = Epilogue(
         scale_x, scale_w, bias, None, out_scale, activation, out_dtype,
         out_zero_point=out_zero_point,
     )  # fmt: skip
-    c = Convolution(window_of(weight, stride, padding, dilation), zero_point, epilogue)
-    bucket = kind(x, weight, c) if x.is_cuda else None
-    name = "depthwise_conv2d"
-    body = select(name, _BODIES, backend, x, weight, c, device=x.device, bucket=bucket)
-    result: torch.Tensor = body.run(x, weight, c)
+    window = window_of(weight, stride, padding, dilation)
+    return x, weight, Convolution(window, zero_point, epilogue)
+
+
+def _run(*arguments: Any) -> torch.Tensor:
+    *given, backend = arguments
+    result: torch.Tensor = run("depthwise_conv2d", _BODIES, backend, _bind(*given), kind)
     return result
-
-
-def window_of(
-    weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Window:
-    """The window again, from the lists of a registered operator."""
-    kh, kw = weight.shape[2:]
-    left, right, top, bottom = padding
-    return Window((kh, kw), (stride[0], stride[1]), (left, right, top, bottom), tuple(dilation))  # type: ignore[arg-type]
 
 
 _operator = torch.library.custom_op(
@@ -265,26 +248,11 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    zero_point: int,
-    out_zero_point: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
-    height, width = window_of(weight, stride, padding, dilation).out_size(*x.shape[2:])
+def _fake(*arguments: Any) -> torch.Tensor:
+    x, _, c = _bind(*arguments[:-1])
     return torch.empty(
-        (x.shape[0], x.shape[1], height, width),
-        dtype=out_dtype,
+        (x.shape[0], x.shape[1], *c.window.out_size(*x.shape[2:])),
+        dtype=c.epilogue.out_dtype,
         device=x.device,
         memory_format=torch.channels_last,
     )
@@ -300,7 +268,8 @@ def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tens
 def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     return (
-        *x.shape,
+        size_bucket(x.shape[0]),
+        *x.shape[1:],
         str(x.dtype).removeprefix("torch."),
         str(c.epilogue.out_dtype).removeprefix("torch."),
         *c.window.kernel,

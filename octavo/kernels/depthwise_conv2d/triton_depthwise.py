@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.depthwise_conv2d.triton_window import tile_pixels, window_sums
-from octavo.kernels.int8_gemm.triton_finish import finish
+from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish
 
 __all__ = ["depthwise_kernel"]
 
@@ -32,6 +32,7 @@ def depthwise_kernel(
     )  # fmt: skip
     rows = (image.to(tl.int64) * OUT_H + out_h) * OUT_W + out_w
     rows = tl.where((out_h < OUT_H) & (out_w < OUT_W), rows, M)
+    acc = add_to_sums(acc, cols, C, bias_ptr, BIAS)
     finish(
         acc, rows, cols, M, C, C,
         out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance
 from octavo.kernels.depthwise_conv2d.cases import (
     BATCHES,
-    HALF_SUMS,
-    ONE_CODE,
-    SHORT,
-    TOLERANCES,
     in_torch,
+    in_torch_orders,
+    value_size,
 )
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
+from octavo.kernels.depthwise_separable_conv2d.tiles import config, loaded_bytes
+from octavo.kernels.window import make_window
 
-__all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
+__all__ = ["AXES", "BACKENDS", "baselines", "cases", "planned_bytes", "small_shapes"]
 
 AXES = "BxCxHxNxKxS"
 """Images, channels, side of an image, output channels, side of the kernel, stride."""
@@ -116,11 +116,31 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         bytes=moved + (4 * (channels + outputs) + 12 if codes else 0),
         operations=2 * pixels * weights,
         rate="int8" if codes else str(dtype).removeprefix("torch."),
-        tolerance=10 * ONE_CODE if codes else 2 * TOLERANCES[dtype],
+        tolerance=10 * ONE_CODE if codes else 2 * ROUNDED_ONCE[dtype],
         make=make,
         run=depthwise_separable_conv2d,
         by_row=("x",),
     )
+
+
+def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+    """What the kernel's programs read and write, each program each byte once.
+
+    Pixels and pointwise weights that two tiles need are read by both, the second time from the L2
+    cache, mostly.
+
+    Args:
+        case: of `cases`.
+        tiles: fields of `tiles.config`; those of the rule when not given.
+    """
+    batch, channels, side, outputs, kernel, stride = case.shape
+    window = make_window((kernel, kernel), (side, side), stride, (kernel - 1) // 2, 1)
+    out = window.out_size(side, side)
+    size = value_size(case)
+    tiles = tiles or config(*out, channels, outputs, size)
+    read = loaded_bytes(window, batch, *out, channels, outputs, size, tiles)
+    once = (batch * side**2 + outputs) * channels * size
+    return case.bytes + max(0, read - once)
 
 
 def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
@@ -147,15 +167,7 @@ def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[
         y = _normalize(y, first.bias).clamp_(0, 6)
         return first.end(_normalize(functional.conv2d(y, weight), bias).clamp_(0, 6))
 
-    title = f"torch {SHORT[case.dtype]}"
-    calls = {
-        f"{title} NHWC": plain(last),
-        f"{title} NCHW": plain(first.x.contiguous()),
-        f"{title} NHWC with BN": normalized,
-    }
-    if compiled:
-        calls |= {f"{name} Inductor": inductor(call, last.device) for name, call in calls.items()}
-    return [Call(name, call, HALF_SUMS) for name, call in calls.items()]
+    return in_torch_orders(last, plain, normalized, compiled)
 
 
 def _half(arguments: Mapping[str, Any], prefix: str) -> dict[str, Any]:

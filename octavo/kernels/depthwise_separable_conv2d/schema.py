@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,18 @@ from octavo.kernels.depthwise_conv2d.schema import (
     check_zero_point,
     kind,
     result_dtype,
-    window_of,
 )
 from octavo.kernels.depthwise_separable_conv2d import reference, two_kernel
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, check_epilogue, check_tensor
 from octavo.kernels.tracing import is_inlined, wants_gradient
-from octavo.kernels.window import Padding, Pair, make_window
+from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = ["depthwise_separable_conv2d"]
 
 Optional = torch.Tensor | None
-Call = Callable[..., torch.Tensor]
 NAME = "depthwise_separable_conv2d"
 
 
@@ -117,23 +115,22 @@ def depthwise_separable_conv2d(
     size = window.out_size(x.shape[2], x.shape[3])
     shape = (x.shape[0], pw_weight.shape[0], *size)
     check_tensor("residual", residual, [shape], x, (*FLOATS, torch.int8))
-    tensors: tuple[Any, ...] = (
+    tensors = (
         x, dw_weight, dw_bias, pw_weight, pw_bias, residual,
         scale_x, dw_scale, mid_scale, pw_scale, out_scale, residual_scale,
     )  # fmt: skip
-    scalars: tuple[Any, ...] = (
-        dw_activation, pw_activation, zero_point, mid_zero_point, out_zero_point,
-        residual_zero_point, dtype,
+    numbers = (
+        window.stride, window.padding, window.dilation, dw_activation, pw_activation,
+        zero_point, mid_zero_point, out_zero_point, residual_zero_point, dtype,
     )  # fmt: skip
-    numbers: tuple[Any, ...] = (window.stride, window.padding, window.dilation)
-    s = _separable(*tensors, *numbers, *scalars)
-    _check_halves(x, s, shape)
+    bound = _bind(*tensors, *numbers)
+    _check_halves(x, bound[-1], shape)
     inlined = is_inlined(x, backend)
     if inlined or wants_gradient(backend, x, dw_weight, dw_bias, pw_weight, pw_bias, residual):
-        return two_kernel.depthwise_separable_conv2d(x, dw_weight, pw_weight, s)
-    plain = is_plain_call(*tensors)
-    call: Call = _run if plain else torch.ops.octavo.depthwise_separable_conv2d
-    return call(*tensors, *numbers, *scalars, backend)
+        return two_kernel.depthwise_separable_conv2d(*bound)
+    call = _run if is_plain_call(*tensors) else torch.ops.octavo.depthwise_separable_conv2d
+    result: torch.Tensor = call(*tensors, *numbers, backend)
+    return result
 
 
 def _check_weights(x: torch.Tensor, pw_weight: torch.Tensor) -> torch.Tensor:
@@ -187,7 +184,7 @@ def _check_halves(
     check_epilogue(second, x, scales_x=[()], n=n, result=(batch, height, width, n))
 
 
-def _separable(
+def _bind(
     x: torch.Tensor,
     dw_weight: torch.Tensor,
     dw_bias: Optional,
@@ -210,8 +207,8 @@ def _separable(
     out_zero_point: int,
     residual_zero_point: int,
     out_dtype: torch.dtype,
-) -> Separable:
-    """Both halves, from the arguments of the registered operator."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Separable]:
+    """What bodies take, from the arguments of the registered operator."""
     first = Epilogue(
         scale_x, dw_scale, dw_bias, None, mid_scale, dw_activation, x.dtype,
         out_zero_point=mid_zero_point,
@@ -229,44 +226,13 @@ def _separable(
         residual_zero_point,
     )
     window = window_of(dw_weight, stride, padding, dilation)
-    return Separable(Convolution(window, zero_point, first), second)
+    s = Separable(Convolution(window, zero_point, first), second)
+    return x, dw_weight, pw_weight, s
 
 
-def _run(
-    x: torch.Tensor,
-    dw_weight: torch.Tensor,
-    dw_bias: Optional,
-    pw_weight: torch.Tensor,
-    pw_bias: Optional,
-    residual: Optional,
-    scale_x: Optional,
-    dw_scale: Optional,
-    mid_scale: Optional,
-    pw_scale: Optional,
-    out_scale: Optional,
-    residual_scale: Optional,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dw_activation: str,
-    pw_activation: str,
-    zero_point: int,
-    mid_zero_point: int,
-    out_zero_point: int,
-    residual_zero_point: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
-    s = _separable(
-        x, dw_weight, dw_bias, pw_weight, pw_bias, residual,
-        scale_x, dw_scale, mid_scale, pw_scale, out_scale, residual_scale,
-        stride, padding, dilation, dw_activation, pw_activation,
-        zero_point, mid_zero_point, out_zero_point, residual_zero_point, out_dtype,
-    )  # fmt: skip
-    arguments = (x, dw_weight, pw_weight, s)
-    bucket = _kind(*arguments) if x.is_cuda else None
-    body = select(NAME, _BODIES, backend, *arguments, device=x.device, bucket=bucket)
-    result: torch.Tensor = body.run(*arguments)
+def _run(*arguments: Any) -> torch.Tensor:
+    *given, backend = arguments
+    result: torch.Tensor = run(NAME, _BODIES, backend, _bind(*given), _kind)
     return result
 
 
@@ -286,35 +252,11 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    dw_weight: torch.Tensor,
-    dw_bias: Optional,
-    pw_weight: torch.Tensor,
-    pw_bias: Optional,
-    residual: Optional,
-    scale_x: Optional,
-    dw_scale: Optional,
-    mid_scale: Optional,
-    pw_scale: Optional,
-    out_scale: Optional,
-    residual_scale: Optional,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dw_activation: str,
-    pw_activation: str,
-    zero_point: int,
-    mid_zero_point: int,
-    out_zero_point: int,
-    residual_zero_point: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
-    window = window_of(dw_weight, stride, padding, dilation)
+def _fake(*arguments: Any) -> torch.Tensor:
+    x, _, pw_weight, s = _bind(*arguments[:-1])
     return torch.empty(
-        (x.shape[0], pw_weight.shape[0], *window.out_size(x.shape[2], x.shape[3])),
-        dtype=out_dtype,
+        (x.shape[0], pw_weight.shape[0], *s.depthwise.window.out_size(x.shape[2], x.shape[3])),
+        dtype=s.pointwise.out_dtype,
         device=x.device,
         memory_format=torch.channels_last,
     )

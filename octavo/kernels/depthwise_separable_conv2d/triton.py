@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -16,6 +17,8 @@ from octavo.kernels.int8_gemm.triton import end_arguments, end_constants
 from octavo.kernels.tuning import best, size_bucket
 
 __all__ = ["depthwise_separable_conv2d"]
+
+_rule = functools.lru_cache(maxsize=4096)(config)
 
 
 def depthwise_separable_conv2d(
@@ -76,7 +79,7 @@ def _choose(
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(*shape)
 
-    return best("depthwise_separable_conv2d", key, x.device, config(*shape), others, run)
+    return best("depthwise_separable_conv2d", key, x.device, _rule(*shape), others, run)
 
 
 def _launch(

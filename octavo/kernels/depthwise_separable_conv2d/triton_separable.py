@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.depthwise_conv2d.triton_window import tile_pixels, window_sums
-from octavo.kernels.int8_gemm.triton_finish import finish_pieces
+from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
 from octavo.kernels.triton_epilogue import activate
 from octavo.kernels.triton_rounding import to_int8
 from octavo.kernels.weight_only_gemm.triton_codes import dot
@@ -20,10 +20,7 @@ def _middle(
     kind: tl.constexpr, CHANNEL: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """What the depthwise half gives [pixels, channels], of the dtype of x."""
-    if BIAS:
-        bias = tl.load(bias_ptr + cols, mask=cols < C, other=0)[None, :]
-        if bias.dtype == tl.int32:
-            sums += bias
+    sums = add_to_sums(sums, cols, C, bias_ptr, BIAS)
     y = sums.to(tl.float32)
     if kind == tl.int8:
         if CHANNEL:
@@ -32,8 +29,8 @@ def _middle(
             scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
         y = y * tl.load(scale_x_ptr) * scale_w[None, :]
     if BIAS:
-        if bias.dtype != tl.int32:
-            y += bias.to(tl.float32)
+        if bias_ptr.dtype.element_ty != tl.int32:
+            y += tl.load(bias_ptr + cols, mask=cols < C, other=0).to(tl.float32)[None, :]
     y = activate(y, ACTIVATION)
     if kind == tl.int8:
         y = to_int8(y, tl.load(mid_scale_ptr), mid_zero_point)
@@ -100,6 +97,7 @@ def separable_kernel(
         acc = _product(middle, w, acc)
     rows = (image.to(tl.int64) * OUT_H + out_h) * OUT_W + out_w
     rows = tl.where((out_h < OUT_H) & (out_w < OUT_W), rows, M)
+    acc = add_to_sums(acc, ns, N, bias_ptr, BIAS)
     finish_pieces(
         acc, rows, first_n, M, N, N,
         out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
@@ -16,7 +16,6 @@ AXES = "MxK"
 BACKENDS = ("triton", "reference")
 ROWS = (16, 4096, 1, 256, 1024, 64, 8192)
 COLUMNS = ((4096,), (8192,), (14336,), (768,), (28672,), (3072,))
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OFF_BY_ONE = 0.02
 """Error that codes may have which torch rounds another way, here and there."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.dynamic_quantize import reference
 from octavo.kernels.dynamic_quantize.prologue import ACTIVATIONS, LayerNorm, Prologue, RmsNorm
 from octavo.kernels.tracing import is_inlined
@@ -182,20 +182,10 @@ def _flat(prologue: Prologue) -> _Flat:
     return p.norm, p.weight, p.bias, p.eps, p.activation, p.smooth
 
 
-def _run(
-    x: torch.Tensor,
-    norm: str,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    activation: str,
-    smooth: torch.Tensor | None,
-    per_token: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    prologue = Prologue(norm, norm_weight, norm_bias, eps, activation, smooth)
-    body = select("dynamic_quantize", _BODIES, backend, x, prologue, per_token)
-    codes, scale = body.run(x, prologue, per_token)
+def _run(x: torch.Tensor, *steps: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *prologue, per_token, backend = steps
+    arguments = (x, Prologue(*prologue), per_token)
+    codes, scale = run("dynamic_quantize", _BODIES, backend, arguments)
     return codes, scale
 
 
@@ -208,18 +198,9 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    norm: str,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    activation: str,
-    smooth: torch.Tensor | None,
-    per_token: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = Prologue(activation=activation).width(x.shape[-1])
+def _fake(x: torch.Tensor, *steps: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *prologue, per_token, _ = steps
+    width = Prologue(*prologue).width(x.shape[-1])
     return (
         x.new_empty((*x.shape[:-1], width), dtype=torch.int8),
         x.new_empty(x.shape[:-1] if per_token else (), dtype=torch.float32),
@@ -227,20 +208,11 @@ def _fake(
 
 
 def _add_run(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    norm: str,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    activation: str,
-    smooth: torch.Tensor | None,
-    per_token: bool,
-    backend: str,
+    x: torch.Tensor, residual: torch.Tensor, *steps: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    prologue = Prologue(norm, norm_weight, norm_bias, eps, activation, smooth)
-    body = select("add_dynamic_quantize", _ADD_BODIES, backend, x, residual, prologue, per_token)
-    codes, scale, total = body.run(x, residual, prologue, per_token)
+    *prologue, per_token, backend = steps
+    arguments = (x, residual, Prologue(*prologue), per_token)
+    codes, scale, total = run("add_dynamic_quantize", _ADD_BODIES, backend, arguments)
     return codes, scale, total
 
 
@@ -261,12 +233,12 @@ def _add_fake(
 
 
 def _triton(name: str) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         from octavo.kernels.dynamic_quantize import triton
 
         return getattr(triton, name)(*arguments)
 
-    return run
+    return call
 
 
 def _bodies(name: str) -> tuple[Body, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.int8_conv2d.schema import int8_conv2d
 from octavo.kernels.int8_conv2d.tiles import Facts, config, folds
 from octavo.kernels.rounding import to_int8
@@ -40,10 +40,6 @@ LAYERS = (
     (256, 56, 512, 1, 2, 1),
     (128, 28, 128, 3, 1, 32),  # ResNeXt
 )
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-ONE_CODE = 1e-3
-"""Error of codes that are one apart here and there."""
 HALF_PRODUCT = 3e-2
 """Error of sums of rounded values, and of the codes of such sums."""
 LEAST_CACHE = 6 << 20
@@ -109,7 +105,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
         bytes=moved + 4 * (2 * n + 1 + codes),
         operations=2 * pixels * n * products,
         rate="int8",
-        tolerance=ONE_CODE if codes else TOLERANCES[dtype],
+        tolerance=ONE_CODE if codes else ROUNDED_ONCE[dtype],
         make=make,
         run=int8_conv2d,
         by_row=("x_q", "residual"),

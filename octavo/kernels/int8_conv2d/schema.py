@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.depthwise_conv2d.reference import Convolution
 from octavo.kernels.depthwise_conv2d.schema import check_zero_point
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_conv2d import int_mm, onednn, reference
 from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.schema import MAX_K, check_epilogue
-from octavo.kernels.window import Padding, Pair, Window, make_window
+from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, MOST_ROWS, check_epilogue, check_tensor
+from octavo.kernels.tuning import size_bucket
+from octavo.kernels.window import Padding, Pair, make_window, window_of
 
 __all__ = ["int8_conv2d"]
-
-MOST_PIXELS = 2**31 - 2**8
-"""Pixels of an image, or of all results, that int32 counts, with a tile beyond the last one."""
 
 
 def int8_conv2d(
@@ -90,27 +89,17 @@ def int8_conv2d(
     _check_codes(x_q, w_q, groups)
     check_zero_point(x_q, zero_point)
     window = make_window(w_q.shape[2:], x_q.shape[2:], stride, padding, dilation)
-    epilogue = Epilogue(
-        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
-        residual_scale, out_zero_point, residual_zero_point,
-    )  # fmt: skip
-    n = w_q.shape[0]
-    result = (x_q.shape[0], n, *window.out_size(*x_q.shape[2:]))
-    check_epilogue(epilogue, x_q, scales_x=[()], n=n, result=result)
+    batch, n, size = x_q.shape[0], w_q.shape[0], window.out_size(*x_q.shape[2:])
+    check_tensor("residual", residual, [(batch, n, *size)], x_q, (*FLOATS, torch.int8))
     tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
+    numbers = (window.stride, window.padding, window.dilation, zero_point)
+    arguments = (
+        *tensors, *numbers, activation, out_dtype, out_zero_point, residual_zero_point
+    )  # fmt: skip
+    epilogue = _bind(*arguments)[-1].epilogue
+    check_epilogue(epilogue, x_q, scales_x=[()], n=n, result=(batch, *size, n))
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_conv2d
-    found: torch.Tensor = call(
-        *tensors,
-        window.stride,
-        window.padding,
-        window.dilation,
-        zero_point,
-        activation,
-        out_dtype,
-        out_zero_point,
-        residual_zero_point,
-        backend,
-    )
+    found: torch.Tensor = call(*arguments, backend)
     return found
 
 
@@ -142,7 +131,7 @@ def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor, groups: int) -> None:
         raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
 
 
-def _run(
+def _bind(
     x: torch.Tensor,
     w: torch.Tensor,
     scale_x: torch.Tensor | None,
@@ -159,29 +148,21 @@ def _run(
     out_dtype: torch.dtype,
     out_zero_point: int,
     residual_zero_point: int,
-    backend: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, Convolution]:
+    """What bodies take, from the arguments of the registered operator."""
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1)
     epilogue = Epilogue(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
-    c = Convolution(_window(w, stride, padding, dilation), zero_point, epilogue)
-    kind = _kind(x, w, c) if x.is_cuda else None
-    body = select("int8_conv2d", _BODIES, backend, x, w, c, device=x.device, bucket=kind)
-    result: torch.Tensor = body.run(x, w, c)
+    return x, w, Convolution(window_of(w, stride, padding, dilation), zero_point, epilogue)
+
+
+def _run(*arguments: Any) -> torch.Tensor:
+    *given, backend = arguments
+    result: torch.Tensor = run("int8_conv2d", _BODIES, backend, _bind(*given), _kind)
     return result
-
-
-def _window(
-    w: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Window:
-    """The window again, from the lists that a registered operator takes."""
-    (kh, kw), (left, right, top, bottom) = w.shape[2:], padding
-    return Window(
-        (kh, kw), (stride[0], stride[1]), (left, right, top, bottom), (dilation[0], dilation[1])
-    )
 
 
 _operator = torch.library.custom_op(
@@ -198,27 +179,10 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    residual_scale: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    zero_point: int,
-    activation: str,
-    out_dtype: torch.dtype,
-    out_zero_point: int,
-    residual_zero_point: int,
-    backend: str,
-) -> torch.Tensor:
-    high, wide = _window(w, stride, padding, dilation).out_size(*x.shape[2:])
-    return x.new_empty((x.shape[0], high, wide, w.shape[0]), dtype=out_dtype).permute(0, 3, 1, 2)
+def _fake(*arguments: Any) -> torch.Tensor:
+    x, w, c = _bind(*arguments[:-1])
+    shape = (x.shape[0], *c.window.out_size(*x.shape[2:]), w.shape[0])
+    return x.new_empty(shape, dtype=c.epilogue.out_dtype).permute(0, 3, 1, 2)
 
 
 def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
@@ -228,10 +192,10 @@ def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
 
 
 def _why_not_triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
-    """Why the kernel cannot make this convolution, or nothing."""
+    """Why the kernel, whose rows are pixels, cannot make this convolution, or nothing."""
     _, _, height, width = x.shape
-    if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_PIXELS:
-        return f"it counts up to {MOST_PIXELS} pixels"
+    if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_ROWS:
+        return f"it counts up to {MOST_ROWS} pixels"
     return why_not_triton(x, (8, 0))
 
 
@@ -239,7 +203,8 @@ def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...
     """What decides which body is the fastest."""
     e, last = c.epilogue, torch.channels_last
     return (
-        *x.shape,
+        size_bucket(x.shape[0]),
+        *x.shape[1:],
         *w.shape,
         *c.window.stride,
         *c.window.dilation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -18,6 +19,8 @@ from octavo.kernels.int8_gemm.tiles import bucket, pieces
 from octavo.kernels.tuning import best
 
 __all__ = ["int8_conv2d"]
+
+_rule = functools.lru_cache(maxsize=4096)(config)
 
 
 def int8_conv2d(
@@ -89,7 +92,7 @@ def _choose(
         _launch(x, w, result, c, tiles)
         return result
 
-    return best("int8_conv2d", key, x.device, config(facts), others, run)
+    return best("int8_conv2d", key, x.device, _rule(facts), others, run)
 
 
 def _border(c: Convolution) -> str:

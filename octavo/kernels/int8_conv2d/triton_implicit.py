@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.int8_gemm.triton_finish import finish_pieces
+from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
 from octavo.kernels.int8_gemm.triton_order import tile_of
 
 __all__ = ["conv_kernel"]
@@ -121,6 +121,7 @@ def conv_kernel(
             else:
                 w = tl.load(places, mask=(cs < C)[None, :], other=0)
             acc = tl.dot(codes, tl.trans(w), acc, out_dtype=tl.int32)
+    acc = add_to_sums(acc, group * N + cols, (group + 1) * N, bias_ptr, BIAS)
     finish_pieces(
         acc, rows, group * N + tile_n * BLOCK_N, M, (group + 1) * N, GROUPS * N,
         out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,

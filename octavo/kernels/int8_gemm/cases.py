@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import (
+    LINEAR_LAYERS,
+    ROUNDED_ONCE,
+    SHORT,
+    Call,
+    Case,
+    by_importance,
+    inductor,
+)
 from octavo.kernels.int8_gemm import int_mm, reference
 from octavo.kernels.int8_gemm.schema import int8_gemm
 
@@ -17,20 +25,6 @@ __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
 AXES = "MxNxK"
 BACKENDS = ("triton", "int_mm", "dequantize")
 ROWS = (16, 4096, 1, 256, 1024, 64, 8192, 32, 128, 2048, 512, 17)
-LAYERS = (  # N, K
-    (4096, 4096),
-    (28672, 4096),
-    (4096, 14336),
-    (8192, 8192),
-    (6144, 4096),
-    (3072, 768),
-    (8192, 28672),
-    (768, 3072),
-    (4096, 1024),
-    (768, 768),
-)
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 HALF_PRODUCT = 1e-2
 """Error of a product of bfloat16 values, each rounded from what the codes stand for."""
 
@@ -39,7 +33,7 @@ def cases(
     shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
 ) -> list[Case]:
     """Bare ones (scales alone), then those with bias and GELU; M x N x K."""
-    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LAYERS)]
+    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LINEAR_LAYERS)]
     return [
         _case(m, n, k, dtype or torch.bfloat16, fused)
         for m, n, k in chosen
@@ -77,7 +71,7 @@ def _case(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> Case:
         bytes=moved,
         operations=2 * m * n * k,
         rate="int8",
-        tolerance=TOLERANCES[dtype],
+        tolerance=ROUNDED_ONCE[dtype],
         make=make,
         run=int8_gemm,
         by_row=("x_q", "scale_x", "residual"),

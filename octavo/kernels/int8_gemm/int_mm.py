@@ -79,9 +79,12 @@ def scaled_in_place(
     return IN_PLACE[activation](y)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exact_on_cpu() -> bool:
     return _probe()
+
+
+# all that torch.compiler.assume_constant_result does, but that imports the whole compiler
+_exact_on_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

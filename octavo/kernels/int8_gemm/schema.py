@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_gemm import dequantize, int_mm, reference
 from octavo.kernels.int8_gemm.tiles import bucket
 from octavo.kernels.tracing import is_inlined
 
-__all__ = ["FLOATS", "MAX_K", "check_epilogue", "check_tensor", "int8_gemm"]
+__all__ = ["FLOATS", "MAX_K", "MOST_ROWS", "check_epilogue", "check_tensor", "int8_gemm"]
 
 MAX_K = 2**31 // 128**2 - 1
 """The longest sum of products of two codes that cannot overflow int32."""
+MOST_ROWS = 2**31 - 2**8
+"""Rows of a result that int32 counts, with a tile beyond the last one."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OUTPUTS = (*FLOATS, torch.int8, torch.int32)
 
@@ -68,22 +73,18 @@ def int8_gemm(
         UnsupportedError: the backend asked for cannot run this.
     """
     _check_codes(x_q, w_q)
-    epilogue = reference.Epilogue(
-        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
-        residual_scale, out_zero_point, residual_zero_point,
-    )  # fmt: skip
+    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
+    arguments = (*tensors, activation, out_dtype, out_zero_point, residual_zero_point)
+    epilogue = _bind(*arguments)[-1]
     n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
     check_epilogue(epilogue, x_q, scales_x=[(), batch], n=n, result=(*batch, n))
-    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
     if is_inlined(x_q, backend) and not int_mm.why_not(x_q, w_q):
         y = int_mm.int8_gemm(x_q, w_q, epilogue)
         # Inductor would compute an error function anew for each reader, such as the passes of the
         # quantization that follows; a tensor seen by its strides it writes once
         return y.as_strided(y.shape, y.stride()) if activation == "gelu" else y
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
-    result: torch.Tensor = call(
-        *tensors, activation, out_dtype, out_zero_point, residual_zero_point, backend
-    )
+    result: torch.Tensor = call(*arguments, backend)
     return result
 
 
@@ -192,7 +193,7 @@ def check_tensor(
         raise InputError(f"{name} is on {value.device} and x_q on {x_q.device}; move one of them")
 
 
-def _run(
+def _bind(
     x: torch.Tensor,
     w: torch.Tensor,
     scale_x: torch.Tensor | None,
@@ -205,15 +206,18 @@ def _run(
     out_dtype: torch.dtype,
     out_zero_point: int,
     residual_zero_point: int,
-    backend: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, reference.Epilogue]:
+    """What bodies take, from the arguments of the registered operator."""
     epilogue = reference.Epilogue(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
-    kind = _kind(x, w, epilogue) if x.is_cuda else None
-    body = select("int8_gemm", _BODIES, backend, x, w, epilogue, device=x.device, bucket=kind)
-    result: torch.Tensor = body.run(x, w, epilogue)
+    return x, w, epilogue
+
+
+def _run(*arguments: Any) -> torch.Tensor:
+    *given, backend = arguments
+    result: torch.Tensor = run("int8_gemm", _BODIES, backend, _bind(*given), _kind)
     return result
 
 
@@ -230,28 +234,22 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    residual_scale: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    out_zero_point: int,
-    residual_zero_point: int,
-    backend: str,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
+def _fake(*arguments: Any) -> torch.Tensor:
+    x, w, epilogue = _bind(*arguments[:-1])
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=epilogue.out_dtype)
 
 
 def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: reference.Epilogue) -> torch.Tensor:
     from octavo.kernels.int8_gemm import triton
 
     return triton.int8_gemm(x, w, epilogue)
+
+
+def _why_not_triton(x: torch.Tensor, *_: object) -> str:
+    """Why the kernels cannot multiply these, or nothing."""
+    if math.prod(x.shape[:-1]) > MOST_ROWS:
+        return f"it counts up to {MOST_ROWS} rows"
+    return why_not_triton(x, (8, 0))
 
 
 def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[object, ...]:
@@ -270,7 +268,7 @@ def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[obje
 
 
 _BODIES = (
-    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
+    Body("triton", _why_not_triton, _triton),
     Body("int_mm", int_mm.why_not, int_mm.int8_gemm),
     Body("reference", lambda *_: "", reference.int8_gemm, "last"),
     Body("dequantize", dequantize.why_not, dequantize.int8_gemm, "measured"),

@@ -8,7 +8,19 @@ import triton.language as tl
 from octavo.kernels.triton_epilogue import activate
 from octavo.kernels.triton_rounding import to_int8
 
-__all__ = ["finish", "finish_pieces"]
+__all__ = ["add_to_sums", "finish", "finish_pieces"]
+
+
+@triton.jit
+def add_to_sums(acc, cols, end, bias_ptr, BIAS: tl.constexpr):
+    """Sums [rows, cols] with a bias of int32, where there is one; `finish` adds one of floats.
+
+    To a whole tile, before `finish` takes it by pieces: within them it made ptxas spill registers.
+    """
+    if BIAS:
+        if bias_ptr.dtype.element_ty == tl.int32:
+            acc += tl.load(bias_ptr + cols, mask=cols < end, other=0)[None, :]
+    return acc
 
 
 @triton.jit
@@ -21,7 +33,7 @@ def finish(
 ):  # fmt: skip
     """Epilogue of accumulators [rows, cols], and its store; see `reference.Epilogue`.
 
-    Int32 accumulators have scales, float32 ones have none. A bias of int32 is added to the former.
+    Int32 accumulators have scales, float32 ones have none. A bias of int32 has been added already.
 
     Rows from M on and columns from `end` on are not stored; N is the length of a row.
     """
@@ -30,10 +42,6 @@ def finish(
     if RAW:
         tl.store(out_ptr + there, acc, mask=inside)
     else:
-        if BIAS:
-            bias = tl.load(bias_ptr + cols, mask=cols < end, other=0)[None, :]
-            if bias.dtype == tl.int32:
-                acc += bias
         y = acc.to(tl.float32)
         if acc.dtype == tl.int32:
             if TOKEN:
@@ -46,8 +54,8 @@ def finish(
                 scale_w = tl.load(scale_w_ptr + tl.zeros_like(cols))
             y = y * scale_x[:, None] * scale_w[None, :]
         if BIAS:
-            if bias.dtype != tl.int32:
-                y += bias.to(tl.float32)
+            if bias_ptr.dtype.element_ty != tl.int32:
+                y += tl.load(bias_ptr + cols, mask=cols < end, other=0).to(tl.float32)[None, :]
         y = activate(y, ACTIVATION)
         if RESIDUAL:
             other = tl.load(residual_ptr + there, mask=inside, other=0).to(tl.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.int8_gemm.triton_finish import finish_pieces
+from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
 from octavo.kernels.int8_gemm.triton_order import tile_of
 
 __all__ = ["persistent_kernel"]
@@ -34,6 +34,8 @@ def persistent_kernel(
             x = x_desc.load([tile_m * BLOCK_M, step * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             w = w_desc.load([tile_n * BLOCK_N, step * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = add_to_sums(acc, cols, N, bias_ptr, BIAS)
         finish_pieces(
             acc, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N, M, N, N,
             out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,

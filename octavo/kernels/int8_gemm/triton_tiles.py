@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.int8_gemm.triton_finish import finish_pieces
+from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
 from octavo.kernels.int8_gemm.triton_order import tile_of
 
 __all__ = ["tiles_kernel"]
@@ -75,6 +75,7 @@ def tiles_kernel(
     if SWAP:
         acc = tl.trans(acc)
     if SPLIT_K == 1:
+        acc = add_to_sums(acc, cols, N, bias_ptr, BIAS)
         finish_pieces(
             acc, rows, tile_n * BLOCK_N, M, N, N,
             out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,
@@ -93,6 +94,7 @@ def tiles_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
             for other in range(SPLIT_K):
                 acc += tl.load(sums + other * (BLOCK_M * BLOCK_N), mask=inside, other=0)
+            acc = add_to_sums(acc, cols, N, bias_ptr, BIAS)
             finish_pieces(
                 acc, rows, tile_n * BLOCK_N, M, N, N,
                 out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, residual_scale_ptr,

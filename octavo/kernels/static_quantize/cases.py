@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
-from octavo.kernels.dynamic_quantize.cases import COLUMNS, OFF_BY_ONE, ROWS, SHORT, small_shapes
+from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.dynamic_quantize.cases import COLUMNS, OFF_BY_ONE, ROWS, small_shapes
 from octavo.kernels.static_quantize.schema import static_quantize
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.static_quantize import reference
 from octavo.kernels.tracing import is_inlined
 
@@ -65,8 +65,7 @@ def _quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, backend: st
 
 
 def _run(x: torch.Tensor, scale: torch.Tensor, zero_point: int, backend: str) -> torch.Tensor:
-    arguments = (x, scale, zero_point)
-    codes: torch.Tensor = select("static_quantize", _BODIES, backend, *arguments).run(*arguments)
+    codes: torch.Tensor = run("static_quantize", _BODIES, backend, (x, scale, zero_point))
     return codes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
+from octavo.kernels.cases import LINEAR_LAYERS, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.weight_only_gemm.reference import Weight
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
 
@@ -17,29 +17,16 @@ __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
 AXES = "MxNxK"
 BACKENDS = ("triton", "dequantize")
 ROWS = (1, 16, 64, 4, 256, 8, 32, 128, 2)
-LAYERS = (  # N, K
-    (4096, 4096),
-    (28672, 4096),
-    (4096, 14336),
-    (8192, 8192),
-    (6144, 4096),
-    (3072, 768),
-    (8192, 28672),
-    (768, 3072),
-    (4096, 1024),
-    (768, 768),
-)
 FORMS = ((4, 128, False), (8, None, False), (4, 32, False), (4, 64, True))
 """Bits, group size, and whether there are zero points."""
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def cases(
     shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
 ) -> list[Case]:
     """Every shape with the forms that its K allows; M x N x K."""
-    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LAYERS)]
+    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LINEAR_LAYERS)]
     return [
         _case(m, n, k, dtype or torch.bfloat16, *form)
         for form in FORMS

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.int8_gemm.schema import FLOATS, MOST_ROWS
 from octavo.kernels.tuning import size_bucket
 from octavo.kernels.weight_only_gemm import dequantize, reference
 
 __all__ = ["weight_only_gemm"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BITS = (8, 4, 3, 2)
 FEW = 32
 """Rows up to which making floats of all weights cannot pay."""
@@ -125,7 +128,7 @@ def _check(
         raise InputError(f"{name} is on {value.device} and x on {x.device}; move one of them")
 
 
-def _run(
+def _bind(
     x: torch.Tensor,
     w: torch.Tensor,
     scale: torch.Tensor,
@@ -135,15 +138,15 @@ def _run(
     bits: int,
     group_size: int | None,
     activation: str,
-    backend: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, reference.Weight, reference.Epilogue]:
+    """What bodies take, from the arguments of the registered operator."""
     weight = reference.Weight(w, scale, zero_point, bits, group_size)
-    epilogue = reference.Epilogue(bias, residual, activation)
-    kind = _kind(x, weight, epilogue) if x.is_cuda else None
-    body = select(
-        "weight_only_gemm", _BODIES, backend, x, weight, epilogue, device=x.device, bucket=kind
-    )
-    result: torch.Tensor = body.run(x, weight, epilogue)
+    return x, weight, reference.Epilogue(bias, residual, activation)
+
+
+def _run(*arguments: Any) -> torch.Tensor:
+    *given, backend = arguments
+    result: torch.Tensor = run("weight_only_gemm", _BODIES, backend, _bind(*given), _kind)
     return result
 
 
@@ -159,19 +162,9 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _fake(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bits: int,
-    group_size: int | None,
-    activation: str,
-    backend: str,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], w.shape[0]))
+def _fake(*arguments: Any) -> torch.Tensor:
+    x, weight, _ = _bind(*arguments[:-1])
+    return x.new_empty((*x.shape[:-1], weight.packed.shape[0]))
 
 
 def _triton(
@@ -186,6 +179,8 @@ def _why_not_triton(x: torch.Tensor, weight: reference.Weight, *_: object) -> st
     size = weight.group_size
     if size is not None and size % 32:
         return f"groups of {size} are not a multiple of 32"
+    if math.prod(x.shape[:-1]) > MOST_ROWS:
+        return f"it counts up to {MOST_ROWS} rows"
     return why_not_triton(x, (8, 0))
 
 

@@ -16,19 +16,12 @@ from octavo.layers.codes import Dequantize, Int8Add, Quantize
 from octavo.layers.conv import Int8Conv2d, signed
 from octavo.layers.fuse.trace import FusedModel
 from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
+from octavo.layers.int8_moves import asks_size, on_codes
 from octavo.layers.int8_separable import Int8DepthwiseSeparableConv2d
 from octavo.layers.linear import Int8Linear
 from octavo.quant import QParams
 
 __all__ = ["Form", "Weights", "to_int8"]
-
-MOVES_DATA = frozenset(
-    {torch.cat, torch.flatten, torch.chunk, torch.split, torch.permute, torch.reshape}
-    | {torch.transpose, operator.getitem}
-    | {"chunk", "contiguous", "flatten", "permute", "reshape", "split", "transpose", "view"}
-)
-"""What does the same to codes as to what they stand for."""
-
 
 PLACES = ("x", "y", "total")
 
@@ -116,6 +109,7 @@ class _Rewriter:
         self.codes: dict[fx.Node, tuple[QParams, fx.Node]] = {}
         self.floats: dict[fx.Node, fx.Node] = {}
         self.quantized: dict[tuple[fx.Node, QParams], fx.Node] = {}
+        self.sizes: set[fx.Node] = set()
         self.calls = Counter(str(n.target) for n in self.graph.nodes if n.op == "call_module")
         first = next(model.parameters(), torch.empty(0))
         self.device, self.dtype = first.device, first.dtype
@@ -145,6 +139,9 @@ class _Rewriter:
             candidates = [(str(node.target),)]
         else:
             return []
+        final = getattr(_parts(layer)[-1], "final_activation", "none")
+        if final != "none" and _residual(node) is None:
+            return []  # codes know one activation, and this layer has two
         names = [name for sources in candidates for name in sources if name in self.forms]
         return names if len(names) == len(candidates) else []
 
@@ -154,7 +151,7 @@ class _Rewriter:
         names, layer = self._names(node), self.model.get_submodule(name)
         parts = _parts(layer)
         forms = [self.forms[one] for one in names]
-        residual = node.args[1] if len(node.args) > 1 else node.kwargs.get("residual")
+        residual = _residual(node)
         y = forms[-1].y
         if residual is None and y is None and not isinstance(layer, nn.Linear):
             y = self._wanted(node)
@@ -244,16 +241,23 @@ class _Rewriter:
             self.floats[node] = total
 
     def _move(self, node: fx.Node) -> None:
-        """Moves codes where a node only moves what all its inputs hold in the same codes."""
-        if node.op not in ("call_function", "call_method") or node.target not in MOVES_DATA:
+        """Keeps codes where a node does to codes what it does to numbers."""
+        if asks_size(node, self.sizes):
+            self.sizes.add(node)
+            for one in node.all_input_nodes:
+                if one in self.codes:
+                    node.replace_input_with(one, self.codes[one][1])
             return
-        inputs = node.all_input_nodes
+        inputs = [one for one in node.all_input_nodes if one not in self.sizes]
         forms = {self.codes[one][0] for one in inputs if one in self.codes}
         if len(forms) != 1 or any(one not in self.codes for one in inputs):
             return
+        form = forms.pop()
+        codes = {one: self.codes[one][1] for one in inputs}
         with self.graph.inserting_before(node):
-            moved = self.graph.node_copy(node, lambda one: self.codes[one][1])
-        self.codes[node] = (forms.pop(), moved)
+            moved = on_codes(node, self.model, codes, signed(form)[1])
+        if moved is not None:
+            self.codes[node] = (form, moved)
 
     def _settle(self, node: fx.Node) -> None:
         """Whatever still reads a node that was replaced gets floats."""
@@ -305,6 +309,11 @@ def _parts(layer: nn.Module) -> tuple[Any, ...]:
     if isinstance(layer, FusedSeparableConv2d):
         return layer.depthwise, layer.pointwise
     return (layer,)
+
+
+def _residual(node: fx.Node) -> Any:
+    """What a call of a fused layer adds to its result; None for nothing."""
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("residual")
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from octavo.export.onnx_model import TRANSPOSED
 from octavo.export.placement import ACTIVATIONS, QuantizedLayer, place
 from octavo.export.qdq import INTEGER_BIAS, adjust_weights
 from octavo.export.unsigned import unsigned_spec
-from octavo.layers.fuse import fuse_model
+from octavo.layers.fuse import fuse_model, merge_parallel
 from octavo.layers.fuse.trace import FusedModel
 from octavo.layers.int8_graph import Form, Weights, to_int8
 from octavo.layers.plan import Choice
@@ -44,7 +44,8 @@ class Int8Graph:
         example: a batch, to trace the model with.
         forms: name of a module -> the codes around it; empty where there are no convolutions.
         weights: the same name -> what it computes with.
-        made: the same name -> the INT8 layer, after `apply`.
+        merged: the same name -> the parallel convolutions that the layer stands for.
+        made: name -> the INT8 layer, after `apply`.
         refused: name of a convolution -> why it stays in float.
     """
 
@@ -52,6 +53,7 @@ class Int8Graph:
     example: Any = None
     forms: dict[str, Form] = field(default_factory=dict)
     weights: dict[str, Weights] = field(default_factory=dict)
+    merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
     made: dict[str, Made] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -62,19 +64,15 @@ class Int8Graph:
             why = "its graph cannot be traced: " + "; ".join(summary.notes)
             self.refused.update(dict.fromkeys(self.forms, why))
             return model
-        merged = {
-            name
-            for fusion in summary.fusions
-            if "parallel" in fusion.pattern
-            for name in fusion.layers
-        }
-        forms = {name: form for name, form in self.forms.items() if name not in merged}
-        result, layers = to_int8(fused, forms, self.weights)
+        result, layers = to_int8(fused, self.forms, self.weights)
         self.made = {name: Made(layer, "a scale a tensor") for name, layer in layers.items()}
-        why = "it is part of several convolutions that were merged; quantize the fused model"
-        self.refused.update(dict.fromkeys(self.forms.keys() & merged, why))
+        for name in layers.keys() & self.merged.keys():
+            detail = f"in one convolution with {name!r}"  # which holds the weights of all
+            self.made.update(
+                {other: Made(nn.Identity(), detail) for other in self.merged[name] if other != name}
+            )
         why = "it is half of a fused pair without codes, or the graph calls it twice"
-        self.refused.update(dict.fromkeys(forms.keys() - layers.keys(), why))
+        self.refused.update(dict.fromkeys(self.forms.keys() - layers.keys(), why))
         return result
 
 
@@ -139,11 +137,15 @@ def _calibrated(
     graph = Int8Graph(batches, example)
     try:
         with in_evaluation(model):
-            source = resolve_model(model, example)
+            merged, parallel = merge_parallel(model, example)
+            graph.merged.update(_convolutions(model, parallel))
+            known = isinstance(calibration, CalibrationTable)  # the engines' tensors, not merged
+            source = resolve_model(model if known else merged, example)
     except ExportError as error:
         why = f"its graph cannot be exported: {str(error).splitlines()[0]}"
         graph.refused.update(dict.fromkeys(wanted, why))
         return graph
+    wanted = _all_or_none(graph, wanted, known=known)
     if isinstance(calibration, CalibrationTable):
         calibration.check_model(source.fingerprint)
         table = calibration
@@ -156,6 +158,37 @@ def _calibrated(
     for name in wanted.keys() - forms.keys():
         graph.refused[name] = "no scale fits it: it is called twice, or its result feeds no layer"
     return graph
+
+
+def _convolutions(
+    model: nn.Module, parallel: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """The convolutions among the layers that were merged."""
+    kinds = dict(model.named_modules())
+    return {
+        name: tuple(one for one in layers if isinstance(kinds.get(one), nn.Conv2d))
+        for name, layers in parallel.items()
+    }
+
+
+def _all_or_none(
+    graph: Int8Graph, wanted: Mapping[str, Choice], *, known: bool
+) -> dict[str, Choice]:
+    """Of parallel convolutions the merged one, where all of them are wanted."""
+    left = dict(wanted)
+    for name, layers in graph.merged.items():
+        floating = [one for one in layers if one not in wanted]
+        why = ""
+        if floating:
+            why = f"it is one convolution with {floating[0]!r}, which stays in float"
+        elif known:
+            why = "it is one with parallel convolutions, which the table does not know; give batches"
+        for one in layers:
+            if why or one != name:
+                left.pop(one, None)
+            if why and one in wanted:
+                graph.refused[one] = why
+    return left
 
 
 def _unwanted(source: ModelSource, wanted: Collection[str]) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def max_pool_of_codes(codes: torch.Tensor, *settings: Any, **options: Any) -> to
     Returns:
         int8, the code of the largest number in each window.
     """
-    largest = functional.max_pool2d(codes.to(torch.bfloat16), *settings, **options)
+    largest: torch.Tensor = functional.max_pool2d(codes.to(torch.bfloat16), *settings, **options)
     return largest.to(torch.int8)
 
 

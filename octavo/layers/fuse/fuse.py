@@ -137,9 +137,7 @@ def _by_graph(model: nn.Module, example: _Example, notes: list[str]) -> _Result 
     return _Result(rewrite_graph(graph_model, found.layers), found, calls, method)
 
 
-def _graph(
-    model: nn.Module, example: _Example, notes: list[str]
-) -> tuple[FusedModel, str] | None:
+def _graph(model: nn.Module, example: _Example, notes: list[str]) -> tuple[FusedModel, str] | None:
     """The graph, free of nodes that do nothing, and what made it."""
     method = "torch.fx"
     try:

@@ -28,7 +28,10 @@ MOVES_DATA = frozenset(
     | {aten.transpose.int, aten.slice.Tensor, aten.contiguous.default, aten.view.default}
     | {aten.squeeze.dims, aten.squeeze.dim, aten.unsqueeze.default}
 )
-RELUS = frozenset({torch.relu, functional.relu, "relu", aten.relu.default})
+RELUS = frozenset(
+    {torch.relu, torch.relu_, functional.relu, functional.relu_, "relu", "relu_"}
+    | {aten.relu.default, aten.relu_.default}
+)
 MAX_POOLS = frozenset({torch.max_pool2d, functional.max_pool2d, aten.max_pool2d.default})
 SIZES = frozenset({"size", "dim", aten.sym_size.int})
 
@@ -62,8 +65,8 @@ def on_codes(
         options = {key: node.kwargs[key] for key in node.kwargs if key != "return_indices"}
         return graph.call_function(max_pool_of_codes, (codes[x], *settings), options)
     if _is(node, RELUS) or type(module) is nn.ReLU:
-        alone = len(x.users) == 1  # else it may write into what others read
-        return graph.call_function(torch.clamp, (codes[x], zero_point)) if alone else None
+        # it may write into its input, and others may read that
+        return graph.call_function(torch.clamp, (codes[x], zero_point)) if _alone(x) else None
     return None
 
 
@@ -100,6 +103,13 @@ def max_pool_of_codes(codes: torch.Tensor, *settings: Any, **options: Any) -> to
 
 def _is(node: fx.Node, targets: Collection[Any]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _alone(node: fx.Node) -> bool:
+    """Whether nothing but one node reads a tensor, or one that may share its memory."""
+    while len(node.users) == 1 and _is(node, MOVES_DATA) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return len(node.users) == 1
 
 
 def _is_pool(node: fx.Node, module: nn.Module | None) -> bool:

@@ -13,9 +13,10 @@ from torch import fx, nn
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
 from octavo.layers.codes import Dequantize, Int8Add, Quantize
 from octavo.layers.conv import signed
+from octavo.layers.fuse.steps import asks_size
 from octavo.layers.fuse.trace import FusedModel
 from octavo.layers.int8_forms import Form, Weights, int8_layer, names_in, parts_of
-from octavo.layers.int8_moves import asks_size, on_codes
+from octavo.layers.int8_moves import on_codes
 from octavo.layers.int8_separable import Int8DepthwiseSeparableConv2d
 from octavo.quant import QParams
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-__all__ = ["asks_size", "max_pool_of_codes", "on_codes"]
+__all__ = ["max_pool_of_codes", "on_codes"]
 
 aten = torch.ops.aten
 
@@ -33,7 +33,6 @@ RELUS = frozenset(
     | {aten.relu.default, aten.relu_.default}
 )
 MAX_POOLS = frozenset({torch.max_pool2d, functional.max_pool2d, aten.max_pool2d.default})
-SIZES = frozenset({"size", "dim", aten.sym_size.int})
 
 
 def on_codes(
@@ -68,20 +67,6 @@ def on_codes(
         # it may write into its input, and others may read that
         return graph.call_function(torch.clamp, (codes[x], zero_point)) if _alone(x) else None
     return None
-
-
-def asks_size(node: fx.Node, sizes: Collection[fx.Node]) -> bool:
-    """Whether a node gives numbers that follow from the sizes of tensors.
-
-    Args:
-        node: of a graph.
-        sizes: nodes before it that do.
-    """
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in SIZES or (node.target is getattr and node.args[1:] == ("shape",)):
-        return True
-    return bool(node.all_input_nodes) and set(node.all_input_nodes) <= set(sizes)
 
 
 def max_pool_of_codes(codes: torch.Tensor, *settings: Any, **options: Any) -> torch.Tensor:

@@ -65,6 +65,7 @@ KEEPS_CODES = {
 NEEDS_FLOATS = {
     "mean": lambda x: x - x.mean(),
     "indices": lambda x: functional.max_pool2d(x, 2, return_indices=True)[0],
+    "zeros": lambda x: torch.cat([torch.zeros(x.shape), x], dim=1)[:, :8],
     "shifted": lambda x: torch.relu(torch.cat([x, x + 1])[: len(x)]),
 }
 

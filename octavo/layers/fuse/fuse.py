@@ -18,7 +18,13 @@ from octavo.core.fusions import FuseSummary, Fusion, NearMiss
 from octavo.layers.fuse.patterns import Found, find, find_parallel
 from octavo.layers.fuse.record import recorded, sequential
 from octavo.layers.fuse.rewrite import drop_nothing, rewrite_graph, rewrite_modules
-from octavo.layers.fuse.trace import FusedModel, exported, input_names, traced
+from octavo.layers.fuse.trace import (
+    FusedModel,
+    exported,
+    input_names,
+    opaque_convolutions,
+    traced,
+)
 from octavo.layers.fuse.unit import Pair
 
 __all__ = ["fuse_model", "merge_parallel"]
@@ -139,23 +145,26 @@ def _by_graph(model: nn.Module, example: _Example, notes: list[str]) -> _Result 
 
 def _graph(model: nn.Module, example: _Example, notes: list[str]) -> tuple[FusedModel, str] | None:
     """The graph, free of nodes that do nothing, and what made it."""
-    method = "torch.fx"
+    made, method = None, "torch.fx"
     try:
         made = traced(model, input_names(model, example.args, example.kwargs))
     except Exception as error:
         notes.append(f"torch.fx cannot follow the model's code ({_first_sentence(error)}).")
-        if example.args is None:
-            return None
-        method = "torch.export"
+    else:
+        if opaque := opaque_convolutions(model):
+            notes.append(f"torch.fx cannot follow the code of {opaque[0]}.")
+    if notes and example.args is not None:
         try:
             made, any_batch = exported(model, example.args, example.kwargs)
-        except Exception as also:
-            notes.append(f"torch.export cannot either ({_first_sentence(also)}).")
-            return None
-        sizes = "in batches of any size" if any_batch else "and batches of their size"
-        notes.append(f"torch.export can, for images as large as the example inputs, {sizes}.")
-    drop_nothing(made.graph, made)
-    return made, method
+        except Exception as error:
+            notes.append(f"torch.export cannot either ({_first_sentence(error)}).")
+        else:
+            method = "torch.export"
+            sizes = "in batches of any size" if any_batch else "and batches of their size"
+            notes.append(f"torch.export can, for images as large as the example inputs, {sizes}.")
+    if made is not None:
+        drop_nothing(made.graph, made)
+    return None if made is None else (made, method)
 
 
 def _by_modules(model: nn.Module, example: _Example) -> _Result:

@@ -9,14 +9,21 @@ import numpy as np
 import onnx_ir as ir
 
 from octavo.core.arrays import Array, Float32
-from octavo.core.errors import InputError
+from octavo.core.errors import ExportError, InputError
 from octavo.export.constants import initializer, set_constant
 from octavo.export.equalization import equalize
 from octavo.export.placement import Placement, QuantizedLayer, place
 from octavo.quant import PerTensor, QParams
 from octavo.quant.weights import half_scale, quantize_weight
 
-__all__ = ["QdqModel", "QuantSpec", "adjust_weights", "insert_qdq", "quantize_graph"]
+__all__ = [
+    "QdqModel",
+    "QuantSpec",
+    "adjust_weights",
+    "insert_qdq",
+    "layer_constants",
+    "quantize_graph",
+]
 
 INTEGER_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 """Layers whose bias the engine adds in the accumulator."""
@@ -83,6 +90,27 @@ def adjust_weights(model: ir.Model, placement: Placement, spec: QuantSpec) -> ir
             raise InputError(f"bias correction names {output!r}, which no quantized layer makes")
         add_to_bias(copy, nodes[output], layers[output], np.asarray(delta, dtype=np.float32))
     return copy
+
+
+def layer_constants(node: ir.Node, layer: QuantizedLayer) -> tuple[Array, Array | None]:
+    """Weight and bias of a layer, which equalization and bias correction may have renamed.
+
+    Args:
+        node: of the layer, in a graph that `adjust_weights` made.
+        layer: as `place` found it before.
+
+    Raises:
+        ExportError: the weight is not a constant.
+    """
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    if layer.op == "MatMul" and layer.bias is not None:
+        adder = next(user for user, _ in node.outputs[0].uses())
+        bias = next(value for value in adder.inputs if value and value.is_initializer())
+    if weight is None or weight.const_value is None:
+        raise ExportError(f"the weight of {layer.name} is not a constant")
+    if bias is None or bias.const_value is None:
+        return weight.const_value.numpy(), None
+    return weight.const_value.numpy(), bias.const_value.numpy()
 
 
 def add_to_bias(

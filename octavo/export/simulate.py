@@ -17,13 +17,12 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
-from octavo.core.arrays import Array
 from octavo.core.errors import ExportError
 from octavo.export.equalization import clamp_bounds
 from octavo.export.integer_modules import FakeQuantize, IntegerAdd, IntegerLayer, IntegerMean
 from octavo.export.placement import QuantizedLayer, place
 from octavo.export.pooling import averages_pictures, scales_fit
-from octavo.export.qdq import INTEGER_BIAS, QuantSpec, adjust_weights
+from octavo.export.qdq import INTEGER_BIAS, QuantSpec, adjust_weights, layer_constants
 from octavo.export.torch_export import TorchExport
 from octavo.quant import QParams
 from octavo.quant.weights import quantize_weight
@@ -102,7 +101,7 @@ class _Simulator:
             operation = operation.args[0].args[0]
         arguments = operation.args
         source = self.activations[layer.activations[0]]
-        weight, bias = self._constants(layer)
+        weight, bias = layer_constants(self.model.graph.node(layer.name), layer)
         quantized = quantize_weight(
             weight,
             layer.weight_axis,
@@ -207,16 +206,3 @@ class _Simulator:
                 return None
             value = uses[0].node.outputs[0]
         return self.activations[value.name or ""]
-
-    def _constants(self, layer: QuantizedLayer) -> tuple[Array, Array | None]:
-        """Weight and bias after equalization and bias correction, which may have renamed them."""
-        node = self.model.graph.node(layer.name)
-        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-        if layer.op == "MatMul" and layer.bias is not None:
-            adder = next(user for user, _ in node.outputs[0].uses())
-            bias = next(value for value in adder.inputs if value and value.is_initializer())
-        if weight is None or weight.const_value is None:
-            raise ExportError(f"the weight of {layer.name} is not a constant")
-        if bias is None or bias.const_value is None:
-            return weight.const_value.numpy(), None
-        return weight.const_value.numpy(), bias.const_value.numpy()

@@ -22,7 +22,8 @@ from octavo.layers.codes import Dequantize, Int8Add, Quantize
 from octavo.layers.conv import Int8Conv2d
 from octavo.layers.fuse import fuse_model
 from octavo.layers.fuse.trace import FusedModel
-from octavo.layers.int8_graph import Form, to_int8
+from octavo.layers.int8_forms import Form
+from octavo.layers.int8_modules import to_int8
 from octavo.layers.linear import Int8Linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
@@ -237,11 +238,10 @@ def _graph(model: nn.Module, saved: Mapping[str, Any], example: Any) -> nn.Modul
     except (KeyError, TypeError, ValueError, OctavoError) as error:
         raise ArtifactError(f"the codes in the header are damaged: {error}") from error
     fused, summary = fuse_model(model.eval(), example)
-    if not isinstance(fused, FusedModel):
-        why = " ".join(summary.notes)
+    if not isinstance(fused, FusedModel) and example is None:
         raise ArtifactError(
-            f"the model cannot be traced as it was when it was saved: {why} Give the "
-            "example_inputs it was quantized with"
+            f"the model cannot be traced: {' '.join(summary.notes)} Give the example_inputs that "
+            "it was quantized with"
         )
     made, layers = to_int8(fused, forms, {})
     if missing := sorted(forms.keys() - layers.keys()):

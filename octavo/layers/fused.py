@@ -206,7 +206,8 @@ class FusedSeparableConv2d(nn.Module):
     def forward(self, x: torch.Tensor, residual: Any = None) -> torch.Tensor:
         """[B, C, H, W] to [B, N, H', W']; `residual` is added to that."""
         first, second, dtype = self.depthwise, self.pointwise, compute_dtype(x)
-        if x.ndim != 4 or not _has_kernels(x):
+        watched = second._forward_pre_hooks  # by who wants to see what is between the two
+        if x.ndim != 4 or not _has_kernels(x) or watched:
             y: torch.Tensor = second(first(x), residual)
             return y
         y = depthwise_separable_conv2d(

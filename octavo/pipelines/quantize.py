@@ -92,7 +92,11 @@ def quantize(
                 "quantize(..., inplace=False) returns, or exclude torch.nn.Conv2d"
             )
         graph = calibrate_convolutions(model, choices, calibration, example_inputs, shown)
-        rest = [choice for choice in choices if choice.name not in graph.forms]
+        rest = [
+            choice
+            for choice in choices
+            if choice.name not in graph.forms and not isinstance(choice.module, nn.Conv2d)
+        ]
         inputs = _calibrate(work, rest, graph.batches, shown)
         made = _make(rest, inputs, shown)
         layers = {choice.module: made[choice.name].layer for choice in rest if choice.name in made}

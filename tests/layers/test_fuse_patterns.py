@@ -1,4 +1,4 @@
-"""Each pattern of octavo.fuse, and each reason for which something stays."""
+"""Each pattern of octavo.fuse."""
 
 from __future__ import annotations
 
@@ -6,57 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fusing import X, check, made, patterns, reason
 from randomised import randomise, relative_error
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations, parametrize
 
 import octavo
-from octavo.core.errors import InputError, UnsupportedError
-from octavo.core.fusions import FuseSummary
 from octavo.layers import FusedConv2d, FusedSeparableConv2d
-
-X = torch.randn(2, 8, 13, 11, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-class Code(nn.Module):
-    """A convolution, a BatchNorm and whatever a test adds; the code is the test's."""
-
-    def __init__(self, code: Callable[..., torch.Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.code = code
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.code(self, x)
-
-
-def made(code: Callable[..., torch.Tensor], **layers: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    return randomise(Code(code, **layers)).double()
-
-
-@torch.no_grad()
-def check(model: nn.Module, x: torch.Tensor = X) -> tuple[nn.Module, FuseSummary]:
-    """Fuses in float64, where folding hides nothing, and compares."""
-    kept = x.clone()
-    wanted = model(x.clone())
-    fused = octavo.fuse(model, verbose=False)
-    assert relative_error(fused(x), wanted) < 1e-12
-    assert torch.equal(x, kept)
-    return fused, fused.octavo_summary
-
-
-def patterns(summary: FuseSummary) -> list[str]:
-    return [fusion.pattern for fusion in summary.fusions]
-
-
-def reason(summary: FuseSummary, name: str) -> str:
-    return "; ".join(miss.reason for miss in summary.near_misses if miss.name == name)
-
 
 ACTIVATED = {
     "relu": [
@@ -124,124 +80,6 @@ def test_modules_that_are_activations_of_other_libraries() -> None:
     _, summary = check(made(lambda m, x: m.act(m.bn(m.conv(x))), act=Swish()))
     assert patterns(summary) == ["convolution + BN + silu"]
     assert summary.fusions[0].layers == ("conv", "bn", "act")
-
-
-@pytest.mark.parametrize(
-    "add",
-    [
-        lambda x, y: x + y,
-        lambda x, y: y + x,
-        lambda x, y: torch.add(y, x),
-        lambda x, y: y.add_(x),
-        lambda x, y: y.add(x),
-    ],
-)
-def test_residuals_of_either_side(add: Callable[..., torch.Tensor]) -> None:
-    fused, summary = check(made(lambda m, x: torch.relu(add(x, m.bn(m.conv(x))))))
-    assert patterns(summary) == ["convolution + BN + residual + relu"]
-    assert fused.get_submodule("conv").final_activation == "relu"
-
-
-def test_of_two_convolutions_the_later_takes_the_sum() -> None:
-    def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return m.bn(m.conv(x)) + m.bn2(m.conv2(torch.relu(x)))
-
-    conv2, bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
-    _, summary = check(made(code, conv2=conv2, bn2=bn2))
-    assert patterns(summary) == ["convolution + BN", "pointwise + BN + residual"]
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1,), (3, 2, 8, 13, 11)])
-def test_a_residual_of_another_shape_is_broadcast(shape: tuple[int, ...]) -> None:
-    offset = torch.randn(shape, dtype=torch.float64)
-    model = made(lambda m, x: m.bn(m.conv(x)) + m.offset * 2)
-    model.register_buffer("offset", offset)
-    _, summary = check(model)
-    assert patterns(summary) == ["convolution + BN + residual"]
-
-
-@pytest.mark.parametrize(
-    ("code", "left"),
-    [
-        (lambda m, x: m.bn(m.conv(x)) * x, "convolution + BN"),
-        (lambda m, x: torch.add(m.bn(m.conv(x)), x, alpha=2), "convolution + BN"),
-        (lambda m, x: m.bn(m.conv(x)) + 1.5, "convolution + BN"),
-        (lambda m, x: (lambda y: y + y)(m.bn(m.conv(x))), "convolution + BN"),
-        (lambda m, x: (lambda y: (y + x) * y)(m.bn(m.conv(x))), "convolution + BN"),
-    ],
-)
-def test_what_is_no_residual(code: Callable[..., torch.Tensor], left: str) -> None:
-    _, summary = check(made(code))
-    assert patterns(summary) == [left]
-
-
-def test_a_sum_that_is_written_where_others_read() -> None:
-    def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        other = torch.sigmoid(x)
-        alias = other.view(other.shape)
-        other += m.bn(m.conv(x))
-        return other + alias
-
-    _, summary = check(made(code))
-    assert patterns(summary) == ["convolution + BN"]
-    assert "written into a tensor that others may read" in reason(summary, "conv")
-
-
-def _before_the_sum(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    h = torch.sigmoid(x)
-    y = m.bn(m.conv(h))
-    h.mul_(2)
-    return y + h
-
-
-def _by_a_module(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    h = x * 1
-    y = m.bn(m.conv(h))
-    m.act(h)
-    return y + h
-
-
-def _through_a_view(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    h = x * 1
-    y = m.bn(m.conv(h))
-    h.view(-1).clamp_(max=0.5)
-    return y + h
-
-
-def _by_a_sum(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    h = x * 1
-    y = m.bn(m.conv(h))
-    h += 1
-    return y + h
-
-
-@pytest.mark.parametrize("code", [_before_the_sum, _by_a_module, _through_a_view, _by_a_sum])
-def test_an_input_that_is_overwritten_too_early(code: Callable[..., torch.Tensor]) -> None:
-    """A fused layer computes where its last step was, and would read what came later."""
-    _, summary = check(made(code, act=nn.ReLU(inplace=True)))
-    assert patterns(summary) == ["convolution + BN"]
-    assert "overwritten" in reason(summary, "conv")
-
-
-def test_an_input_that_is_overwritten_before_the_batch_norm() -> None:
-    def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        h = x * 1
-        y = m.conv(h)
-        m.act(h)
-        return m.bn(y) * h
-
-    _, summary = check(made(code, act=nn.ReLU(inplace=True)))
-    assert not summary.fusions
-
-
-def test_an_activation_whose_result_is_taken_from_its_input() -> None:
-    def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y = m.bn(m.conv(x))
-        y.relu_()
-        return y
-
-    _, summary = check(made(code))
-    assert patterns(summary) == ["convolution + BN"]
 
 
 def test_fusing_again_changes_nothing() -> None:
@@ -334,125 +172,57 @@ def test_a_subclass_that_cannot_be_followed_stays() -> None:
     assert "Clever computes something of its own" in reason(summary, "own")
 
 
-def scaled(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
+def test_assertions_about_sizes_do_not_stand_between() -> None:
+    """As in the BatchNorms of timm."""
 
-
-class Doubled(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return scaled(x)
-
-
-def _hooked(model: nn.Module) -> None:
-    model.get_submodule("conv").register_forward_hook(lambda *_: None)
-
-
-def _hooked_norm(model: nn.Module) -> None:
-    model.get_submodule("bn").register_forward_pre_hook(lambda *_: None)
-
-
-def _parametrized(model: nn.Module) -> None:
-    parametrize.register_parametrization(model.get_submodule("conv"), "weight", Doubled())
-
-
-def _normed(model: nn.Module) -> None:
-    parametrizations.weight_norm(model.get_submodule("conv"))
-
-
-def _replaced(model: nn.Module) -> None:
-    conv = model.get_submodule("conv")
-    forward = conv.forward
-    conv.forward = lambda x: forward(x) * 2
-
-
-def _training(model: nn.Module) -> None:
-    model.get_submodule("bn").train()
-    model.get_submodule("bn").momentum = 0.0
-
-
-def _reflecting(model: nn.Module) -> None:
-    model.conv = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect").double()
-
-
-def _without_statistics(model: nn.Module) -> None:
-    model.bn = nn.BatchNorm2d(8, track_running_stats=False).double().eval()
-
-
-def _own_norm(model: nn.Module) -> None:
-    class Own(nn.BatchNorm2d):
+    class Asserting(nn.BatchNorm2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) if x.ndim == 4 else x
+            torch._assert(x.ndim == 4, f"expected 4 axes and got {x.ndim}")
+            torch._assert(x.size(1) == 8, "expected 8 channels")
+            statistics = self.running_mean, self.running_var
+            return functional.batch_norm(x, *statistics, self.weight, self.bias)
 
-    model.bn.__class__ = Own
-
-
-@pytest.mark.parametrize(
-    ("change", "name", "why"),
-    [
-        (_hooked, "conv", "it has hooks"),
-        (_hooked_norm, "bn", "it has hooks"),
-        (_parametrized, "conv", "its weight is parametrized"),
-        (_normed, "conv", "its weight is parametrized"),
-        (_replaced, "conv", "it has hooks"),
-        (_training, "bn", "it is in training mode"),
-        (_reflecting, "conv", "it pads with 'reflect'"),
-        (_without_statistics, "bn", "it has no running statistics"),
-    ],
-)
-def test_layers_that_cannot_be_folded(
-    change: Callable[[nn.Module], None], name: str, why: str
-) -> None:
-    model = made(lambda m, x: m.bn(m.conv(x)))
-    change(model)
-    _, summary = check(model)
-    assert not summary.fusions
-    assert why in reason(summary, name)
-
-
-def test_a_batch_norm_of_another_class_is_looked_into() -> None:
-    model = made(lambda m, x: m.bn(m.conv(x)))
-    _own_norm(model)
-    fused = octavo.fuse(model, X, verbose=False)
-    assert fused.octavo_summary.error < 1e-12
-
-
-TWICE = {
-    "two readers": (lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)), "read by add too"),
-    "the output": (lambda m, x: (lambda y: (m.bn(y), y)[0] + y.sum())(m.conv(x)), "read by sum"),
-    "called twice": (lambda m, x: m.bn(m.conv(m.conv(x))), "its weight is used by 2"),
-}
-
-
-@pytest.mark.parametrize("how", TWICE)
-def test_a_convolution_with_more_than_one_reader(how: str) -> None:
-    code, why = TWICE[how]
-    _, summary = check(made(code))
-    assert "convolution + BN" not in patterns(summary)
-    assert why in reason(summary, "conv")
-
-
-def test_weights_that_two_convolutions_share() -> None:
     def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return m.bn2(m.conv2(m.bn(m.conv(x))))
+        torch._assert(x.shape[2] == 13, "expected 13 rows")
+        return torch.relu(m.own(m.conv(x)))
 
-    model = made(code, conv2=nn.Conv2d(8, 8, 3, padding=1), bn2=nn.BatchNorm2d(8))
-    model.conv2.weight = model.conv.weight
-    _, summary = check(model)
+    fused, summary = check(made(code, own=Asserting(8)))
+    assert patterns(summary) == ["convolution + BN + relu"]
+    with pytest.raises(AssertionError, match="expected 13 rows"):  # the input's own stays
+        fused(X[:, :, 1:])
+
+
+def test_assertions_about_values_stay() -> None:
+    def code(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(x)
+        torch._assert((y < 99).all(), "too large")
+        return m.bn(y)
+
+    model = made(code)
+    fused, summary = check(model)
     assert not summary.fusions
-    assert "its weight is used by 2 convolutions" in reason(summary, "conv2")
+    with pytest.raises(AssertionError, match="too large"):
+        fused(X * 1e6)
 
 
-def test_batch_norms_that_follow_no_convolution() -> None:
-    _, summary = check(made(lambda m, x: m.conv(torch.relu(m.bn(x)))))
-    assert reason(summary, "bn") == "it follows the input, no convolution"
-    _, summary = check(made(lambda m, x: m.bn(torch.tanh(m.conv(x)))))
-    assert reason(summary, "bn") == "it follows tanh, no convolution"
+def test_padding_that_follows_the_size_is_that_of_the_example() -> None:
+    class Same(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows, columns = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
+            sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+            return super().forward(functional.pad(x, sides))
 
-
-def test_one_batch_norm_serves_two_convolutions() -> None:
-    model = made(lambda m, x: m.bn(m.conv2(m.bn(m.conv(x)))), conv2=nn.Conv2d(8, 8, 1))
-    _, summary = check(model)
-    assert patterns(summary) == ["convolution + BN", "pointwise + BN"]
+    model = made(lambda m, x: torch.relu(m.bn(m.own(x))), own=Same(8, 8, 3, 2))
+    x = X[:, :, :12]
+    fused = octavo.fuse(model, x, verbose=False)
+    summary = fused.octavo_summary
+    assert summary.method == "torch.export"
+    assert "cannot follow the code of Same 'own'" in summary.notes[0]
+    assert "images as large as the example inputs" in summary.notes[1]
+    assert patterns(summary) == ["convolution + BN + relu"]
+    assert fused.get_submodule("own").padding == (1, 1, 0, 1)
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-12
 
 
 SEPARABLE = {
@@ -580,45 +350,3 @@ def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
     factor = bn.weight / (bn.running_var + bn.eps).sqrt()
     wanted = (conv.weight * factor[:, None, None, None]).to(dtype)
     assert torch.equal(fused.get_submodule("conv").weight, wanted)
-
-
-def test_what_is_refused() -> None:
-    model = made(lambda m, x: m.bn(m.conv(x)))
-    with pytest.raises(InputError, match=r"the model is a function; give a torch\.nn\.Module"):
-        octavo.fuse(lambda x: x)
-    with pytest.raises(InputError, match=r"training mode; call model\.eval\(\) first"):
-        octavo.fuse(made(lambda m, x: m.conv(x)).train())
-    with pytest.raises(InputError, match="example_inputs is a str; give a tensor"):
-        octavo.fuse(model, "image")
-    with pytest.raises(InputError, match="cannot take the example inputs: "):
-        octavo.fuse(model, X[:, :3], verbose=False)
-    with pytest.raises(InputError, match=r"0\.weight has no value yet; run the model once"):
-        octavo.fuse(nn.Sequential(nn.LazyConv2d(4, 3)).eval())
-
-
-def test_a_model_that_is_not_understood_is_refused() -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.calls = nn.Conv2d(8, 8, 1), 0
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            return torch.relu(self.conv(x)) * 10**self.calls
-
-    with pytest.raises(UnsupportedError, match="the model's code was not understood"):
-        octavo.fuse(Counting().double().eval(), X, verbose=False)
-
-
-def test_a_model_that_draws_random_numbers_is_not_frozen() -> None:
-    model = made(lambda m, x: m.bn(m.conv(x)) + torch.rand(1, dtype=torch.float64))
-    state = torch.get_rng_state()
-    fused = octavo.fuse(model, verbose=False)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert "draws random numbers" in fused.octavo_summary.notes[0]
-    assert not torch.equal(fused(X), fused(X))
-
-
-def test_what_was_found_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    octavo.fuse(made(lambda m, x: torch.tanh(m.bn(m.conv(x))), bn2=nn.BatchNorm2d(8)))
-    assert "1 of 1 convolutions are fused" in capsys.readouterr().out

@@ -120,7 +120,7 @@ def test_layers_have_the_integers_of_the_engine(
 def test_efficientnet_has_the_integers_of_the_engine(
     lite0: Lite0, lite0_table: CalibrationTable, demo_folder: Path
 ) -> None:
-    x = torch.from_numpy(lite0.evaluation[:16])
+    x = torch.from_numpy(lite0.evaluation[:6])
     recipe = Int8Static(smooth=None)
     made = octavo.quantize(lite0.module, recipe, lite0_table, example_inputs=x[:1], verbose=False)
     swapped = [layer for layer in made.octavo_summary.layers if layer.became]
@@ -145,9 +145,7 @@ def test_codes_flow_between_layers(net: Net, int8: nn.Module) -> None:
     assert kinds.count(Int8Conv2d) == 10
     assert kinds.count(Int8DepthwiseSeparableConv2d) == 2
     assert kinds.count(Int8Linear) == 1
-    # in: the input, and after the pooling; out: before the pooling and the mean
-    assert kinds.count(Quantize) == 2
-    assert kinds.count(Dequantize) == 2
+    assert kinds.count(Quantize) == kinds.count(Dequantize) == 1  # the input, and before the mean
     assert sqnr_db(net(images(8, 3)), int8(images(8, 3))) > 20
 
 
@@ -242,3 +240,52 @@ def test_refusals(net: Net) -> None:
     with pytest.raises(CalibrationError, match="a table quantizes models with convolutions"):
         octavo.quantize(nn.Linear(256, 256), RECIPE, table, verbose=False)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_equalization_and_bias_correction(net: Net, tmp_path: Path) -> None:
+    """What a table says about weights is in the layers, as it is in the engine."""
+    batches, x = [images(16), images(16, 2)], images(8, 3)
+    options = {"observer": "minmax", "equalization": True, "bias_correction": True}
+    table = octavo.calibrate(net, batches, **options, verbose=False)
+    assert table.equalization
+    assert table.bias_correction
+    made = octavo.quantize(net, RECIPE, table, example_inputs=x, verbose=False)
+    with use_backend("reference"):
+        exact = made(x)
+    assert sqnr_db(engine_output(net, table, x, tmp_path), exact) > 100
+    assert sqnr_db(net(x), exact) > 20
+    # weights that were made smaller here and larger there belong together
+    with pytest.raises(CalibrationError, match=r"around 'one.depthwise', which stays in float"):
+        octavo.quantize(
+            net, RECIPE, table, example_inputs=x, exclude=["one.depthwise"], verbose=False
+        )
+
+
+@torch.no_grad()
+def test_a_bias_that_correction_made(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Conv2d(32, 8, 1, bias=False)]
+    net, x = nn.Sequential(*layers).eval(), images(8, 3)
+    table = octavo.calibrate(
+        net, [images(16)], observer="minmax", bias_correction=True, verbose=False
+    )
+    made = octavo.quantize(net, RECIPE, table, example_inputs=x, verbose=False)
+    assert made.get_submodule("0").bias.any()
+    with use_backend("reference"):
+        assert sqnr_db(engine_output(net, table, x, tmp_path), made(x)) > 100
+
+
+@torch.no_grad()
+def test_half_of_a_pair_is_not_equalized(net: Net) -> None:
+    """With the pointwise half in float the depthwise one stays too, and its weights as they are."""
+    made = octavo.quantize(
+        net,
+        Int8Static(smooth=None),
+        [images(32), images(32, 2)],
+        exclude=["*.project"],
+        verbose=False,
+    )
+    found = {layer.name: layer.detail for layer in made.octavo_summary.layers if not layer.became}
+    assert found["one.depthwise"].startswith("it is half of a pair whose other half stays")
+    assert sqnr_db(net(images(8, 3)), made(images(8, 3))) > 20

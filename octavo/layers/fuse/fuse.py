@@ -15,13 +15,19 @@ from torch.utils import _pytree as pytree
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.core.fusions import FuseSummary, Fusion, NearMiss
-from octavo.layers.fuse.patterns import Found, find
+from octavo.layers.fuse.patterns import Found, find, find_parallel
 from octavo.layers.fuse.record import recorded, sequential
 from octavo.layers.fuse.rewrite import drop_nothing, rewrite_graph, rewrite_modules
-from octavo.layers.fuse.trace import exported, input_names, traced
+from octavo.layers.fuse.trace import (
+    FusedModel,
+    exported,
+    input_names,
+    opaque_convolutions,
+    traced,
+)
 from octavo.layers.fuse.unit import Pair
 
-__all__ = ["fuse_model"]
+__all__ = ["fuse_model", "merge_parallel"]
 
 LARGEST_ERROR = 0.1
 """Relative error on the example inputs from which on a model was not understood. Rounding gives
@@ -80,6 +86,28 @@ def fuse_model(model: nn.Module, example_inputs: Any = None) -> tuple[nn.Module,
     return result.model, summary
 
 
+def merge_parallel(
+    model: nn.Module, example_inputs: Any = None
+) -> tuple[nn.Module, Mapping[str, tuple[str, ...]]]:
+    """Makes one convolution of those that are parallel and summed (RepVGG), and nothing else.
+
+    Args:
+        model: in evaluation mode; not changed.
+        example_inputs: as for `fuse_model`.
+
+    Returns:
+        a model with weights of its own, and name of a convolution in it -> names of the layers
+        that it stands for. The model itself where there is nothing to merge, or no graph.
+    """
+    graph = _graph(model, _example(example_inputs), [])
+    if graph is None:
+        return model, {}
+    units = find_parallel(graph[0].graph, graph[0])
+    if not units:
+        return model, {}
+    return rewrite_graph(graph[0], units), {unit.name: unit.layers for unit in units}
+
+
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
@@ -107,24 +135,36 @@ def _example(given: Any) -> _Example:
 
 def _by_graph(model: nn.Module, example: _Example, notes: list[str]) -> _Result | None:
     """By a graph of all that the model does; None where nothing can make one."""
-    method = "torch.fx"
-    try:
-        graph_model = traced(model, input_names(model, example.args, example.kwargs))
-    except Exception as error:
-        notes.append(f"torch.fx cannot follow the model's code ({_first_sentence(error)}).")
-        if example.args is None:
-            return None
-        method = "torch.export"
-        try:
-            graph_model, any_batch = exported(model, example.args, example.kwargs)
-        except Exception as also:
-            notes.append(f"torch.export cannot either ({_first_sentence(also)}).")
-            return None
-        sizes = "in batches of any size" if any_batch else "and batches of their size"
-        notes.append(f"torch.export can, for images as large as the example inputs, {sizes}.")
-    drop_nothing(graph_model.graph, graph_model)
+    made = _graph(model, example, notes)
+    if made is None:
+        return None
+    graph_model, method = made
     found, calls = find(graph_model.graph, graph_model), _calls(graph_model.graph)
     return _Result(rewrite_graph(graph_model, found.layers), found, calls, method)
+
+
+def _graph(model: nn.Module, example: _Example, notes: list[str]) -> tuple[FusedModel, str] | None:
+    """The graph, free of nodes that do nothing, and what made it."""
+    made, method = None, "torch.fx"
+    try:
+        made = traced(model, input_names(model, example.args, example.kwargs))
+    except Exception as error:
+        notes.append(f"torch.fx cannot follow the model's code ({_first_sentence(error)}).")
+    else:
+        if opaque := opaque_convolutions(model):
+            notes.append(f"torch.fx cannot follow the code of {opaque[0]}.")
+    if notes and example.args is not None:
+        try:
+            made, any_batch = exported(model, example.args, example.kwargs)
+        except Exception as error:
+            notes.append(f"torch.export cannot either ({_first_sentence(error)}).")
+        else:
+            method = "torch.export"
+            sizes = "in batches of any size" if any_batch else "and batches of their size"
+            notes.append(f"torch.export can, for images as large as the example inputs, {sizes}.")
+    if made is not None:
+        drop_nothing(made.graph, made)
+    return None if made is None else (made, method)
 
 
 def _by_modules(model: nn.Module, example: _Example) -> _Result:

@@ -19,7 +19,7 @@ from octavo.layers.fuse.scene import Scene
 from octavo.layers.fuse.steps import Add, Conv, Norm, Pad, Refusal
 from octavo.layers.fuse.unit import Branch, Pair, Unit, in_order
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "find", "find_parallel"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def find(graph: fx.Graph, root: nn.Module) -> Found:
         root: holds the modules and tensors that it names.
     """
     scene = Scene(graph, root)
-    units = list(_convolutions(scene))
-    units = [_with_norm(scene, _with_padding(scene, unit)) for unit in units]
-    units = parallel(scene, units)
+    units = _normalized(scene)
     units = [_with_activation(scene, unit) for unit in units]
     units = _with_residuals(scene, units)
     layers = _with_pointwise(scene, units)
@@ -64,6 +62,22 @@ def find(graph: fx.Graph, root: nn.Module) -> Found:
         sum(isinstance(step, Conv) and step.depthwise for step in kinds),
         frozenset(step.name for step in kinds),
     )
+
+
+def find_parallel(graph: fx.Graph, root: nn.Module) -> tuple[Unit, ...]:
+    """Finds parallel convolutions of one input that are summed, with their BatchNorms.
+
+    Args:
+        graph: free of nodes that do nothing; not changed.
+        root: holds the modules and tensors that it names.
+    """
+    return tuple(unit for unit in _normalized(Scene(graph, root)) if len(unit.branches) > 1)
+
+
+def _normalized(scene: Scene) -> list[Unit]:
+    """Convolutions with their paddings and BatchNorms; parallel ones are one."""
+    units = [_with_norm(scene, _with_padding(scene, one)) for one in _convolutions(scene)]
+    return parallel(scene, units)
 
 
 def _all_convolutions(scene: Scene) -> Iterator[Conv | Refusal]:

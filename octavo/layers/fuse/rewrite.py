@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from octavo.layers.fuse.make import make
-from octavo.layers.fuse.steps import is_nothing
+from octavo.layers.fuse.steps import asks_size, is_nothing
 from octavo.layers.fuse.trace import FusedModel, in_evaluation
 from octavo.layers.fuse.unit import Pair, Unit
 from octavo.layers.structure import places
@@ -20,10 +20,19 @@ aten = torch.ops.aten
 
 
 def drop_nothing(graph: fx.Graph, root: nn.Module) -> None:
-    """Takes out identities and dropout."""
+    """Takes out identities, dropout, and assertions about the size of what layers give."""
     for node in list(graph.nodes):
         if is_nothing(node, root):
             node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    asked: dict[fx.Node, frozenset[fx.Node]] = {}  # about whose size
+    for node in graph.nodes:
+        if asks_size(node, asked):
+            given = [asked.get(one, frozenset({one})) for one in node.all_input_nodes]
+            asked[node] = frozenset().union(*given)
+    for node in reversed(asked):
+        of_an_input = any(one.op == "placeholder" for one in asked[node])
+        if not node.users and not (node.target is torch._assert and of_an_input):
             graph.erase_node(node)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,18 @@ from torch.nn.utils import parametrize
 
 from octavo.layers.fuse.geometry import Padding, same_padding, symmetric
 
-__all__ = ["Add", "Conv", "Norm", "Pad", "Refusal", "Step", "has_hooks", "is_nothing", "read"]
+__all__ = [
+    "Add",
+    "Conv",
+    "Norm",
+    "Pad",
+    "Refusal",
+    "Step",
+    "asks_size",
+    "has_hooks",
+    "is_nothing",
+    "read",
+]
 
 aten = torch.ops.aten
 
@@ -130,6 +141,9 @@ DROPOUTS = (
 )
 
 
+SIZES = frozenset({"size", "dim", aten.sym_size.int})
+
+
 def read(node: fx.Node, root: nn.Module) -> Step | None:
     """The step that a node computes; None for any other node.
 
@@ -163,6 +177,23 @@ def is_nothing(node: fx.Node, root: nn.Module) -> bool:
         default = node.target in (functional.alpha_dropout,)
         return given.get("training", not default) is False
     return False
+
+
+def asks_size(node: fx.Node, known: Collection[fx.Node]) -> bool:
+    """Whether a node gives numbers that follow from the sizes of tensors, or checks them.
+
+    Args:
+        node: of a graph.
+        known: nodes before it that do.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in SIZES or (node.target is getattr and node.args[1] in ("shape", "ndim")):
+        return True
+    plain = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+    if not (plain or node.op == "call_method" or node.target is torch._assert):
+        return False  # torch.zeros(x.shape) is a tensor again
+    return bool(node.all_input_nodes) and all(one in known for one in node.all_input_nodes)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -19,7 +19,14 @@ from octavo.layers.fuse.steps import has_hooks
 from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
 from octavo.layers.module import QuantizedModule
 
-__all__ = ["FusedModel", "exported", "in_evaluation", "input_names", "traced"]
+__all__ = [
+    "FusedModel",
+    "exported",
+    "in_evaluation",
+    "input_names",
+    "opaque_convolutions",
+    "traced",
+]
 
 
 class FusedModel(fx.GraphModule):
@@ -81,6 +88,12 @@ def traced(model: nn.Module, inputs: Sequence[str]) -> FusedModel:
         torch.set_rng_state(state)
         raise TypeError("it draws random numbers, which would be the same in every call")
     return in_evaluation(FusedModel(model, graph, type(model).__name__))
+
+
+def opaque_convolutions(model: nn.Module) -> list[str]:
+    """Kinds and names of convolutions whose code symbolic execution cannot follow."""
+    named = model.named_modules()
+    return [f"{type(one).__name__} {name!r}" for name, one in named if _is_opaque_convolution(one)]
 
 
 def exported(

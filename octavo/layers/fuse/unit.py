@@ -112,8 +112,8 @@ class Unit:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether it is more than the convolution that was there, or one with a kernel of ours."""
-        return len(self.nodes) > 1 or self.depthwise
+        """Whether it is more than the module that was there, or one with a kernel of ours."""
+        return len(self.nodes) > 1 or self.depthwise or self.conv.node.op != "call_module"
 
 
 @dataclass(frozen=True, eq=False)

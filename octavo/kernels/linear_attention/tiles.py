@@ -16,7 +16,7 @@ LEAST_CHUNK = 256
 """Rows below which a chunk's state is more to move than its keys and values."""
 
 LEAST_E = 32
-"""Values of a block, if need be with some that are not there: of fewer the compiler makes spills."""
+"""Values of a block, if need be with some that are not there: with fewer the compiler spills."""
 STEP_BLOCK = 8192
 """Values of a state that a step's program holds at a time."""
 SECTOR = 8

@@ -214,7 +214,8 @@ def _times(rows: Sequence[Row], device: str, path: Path) -> None:
             first = faster_from(curves["octavo"], softmax)
             title += "\nfaster than softmax: "
             title += "nowhere" if first is None else f"from {axis} = {first} on"
-        place.set(xscale="log", yscale="log", xlabel=axis, ylabel=unit)
+        place.set_xscale("log", base=2)
+        place.set(yscale="log", xlabel=axis, ylabel=unit)
         place.set_title(title, fontsize=8)
         place.legend(fontsize=6)
     figure.suptitle(f"{rows[0].operator} on {device}, cold L2 cache", fontsize=10)

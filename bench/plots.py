@@ -2,13 +2,16 @@
 
     python -m bench plots bench/results/*.json --out FOLDER
 
-Takes what `python -m bench int8_gemm` and `python -m bench.device` write.
+Takes what `python -m bench int8_gemm` and `python -m bench.device` write. Of linear attention also
+the time of a token over the length, and where it passes softmax; of a decoding step the time over
+the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +23,15 @@ from octavo.kernels.store import gpu_slug
 from octavo.measure.limits import Limits
 
 COLD = "cold"
+OVER: dict[str, tuple[str, tuple[str, ...]]] = {
+    "linear_attention": ("T", ("B", "T")),
+    "linear_attention_step": ("B", ()),
+}
+"""Operator -> the size that its time is drawn over, and sizes that the time is divided by."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes two figures for each operator of each file."""
+    """Writes the figures of each operator of each file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="results files, .json")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the figures")
@@ -55,6 +63,9 @@ def draw(rows: Sequence[Row], limits: Limits, device: str, out: Path) -> list[Pa
         limited(rows, limits, device, axes)
     with _axes(found[1]) as axes:
         _ratio(rows, device, axes)
+    if rows[0].operator in OVER:
+        found.append(out / f"{name}-over-{OVER[rows[0].operator][0]}.png")
+        _times(rows, device, found[2])
     return found
 
 
@@ -74,6 +85,39 @@ def ratios(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
             title = rest + row.case.removeprefix(row.shape)
             found.setdefault(title, []).append((int(m), ratio))
     return {title: sorted(points) for title, points in found.items()}
+
+
+Curve = list[tuple[int, float]]
+
+
+def times(rows: Sequence[Row]) -> dict[str, dict[str, Curve]]:
+    """Other sizes and options -> implementation -> (size, microseconds), as `OVER` says."""
+    axis, divisors = OVER[rows[0].operator]
+    names = cases_of(rows[0].operator).AXES.split("x")
+    found: dict[str, dict[str, Curve]] = {}
+    for row in rows:
+        if row.p50_us is not None:
+            sizes = dict(zip(names, map(int, row.shape.split("x")), strict=True))
+            rest = [f"{name} {sizes[name]}" for name in names if name not in (axis, *divisors)]
+            title = ", ".join(rest) + row.case.removeprefix(row.shape)
+            took = row.p50_us / math.prod(sizes[name] for name in divisors)
+            found.setdefault(title, {}).setdefault(row.who, []).append((sizes[axis], took))
+    return {
+        title: {who: sorted(curve) for who, curve in curves.items()}
+        for title, curves in found.items()
+    }
+
+
+def faster_from(ours: Curve, other: Curve) -> int | None:
+    """The size from which on we take less time than another one; None where that never is."""
+    limits = dict(other)
+    found = None
+    for size, took in sorted(ours, reverse=True):
+        if size in limits:
+            if took >= limits[size]:
+                break
+            found = size
+    return found
 
 
 def _case(row: Row) -> Case | None:
@@ -147,6 +191,33 @@ def _ratio(rows: Sequence[Row], device: str, axes: Any) -> None:
     )
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7)
+
+
+def _times(rows: Sequence[Row], device: str, path: Path) -> None:
+    """A panel for each group of other sizes, with a line for each implementation."""
+    from matplotlib.figure import Figure
+
+    axis, divisors = OVER[rows[0].operator]
+    panels = times(rows)
+    columns = min(3, len(panels)) or 1
+    lines = -(-len(panels) // columns) or 1
+    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    unit = "us" + "".join(f" / {name}" for name in divisors)
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for place, (title, curves) in zip(grid, panels.items(), strict=False):
+        for who, curve in curves.items():
+            place.plot(*zip(*curve, strict=True), "o-", label=who, markersize=3, linewidth=1)
+        softmax = next((curve for who, curve in curves.items() if who.startswith("SDPA")), None)
+        if softmax and "octavo" in curves:
+            first = faster_from(curves["octavo"], softmax)
+            title += "\nfaster than softmax: "
+            title += "nowhere" if first is None else f"from {axis} = {first} on"
+        place.set_xscale("log", base=2)
+        place.set(yscale="log", xlabel=axis, ylabel=unit)
+        place.set_title(title, fontsize=8)
+        place.legend(fontsize=6)
+    figure.suptitle(f"{rows[0].operator} on {device}, cold L2 cache", fontsize=10)
+    figure.savefig(path, dpi=150)
 
 
 def _title(results: Mapping[str, Any]) -> str:

@@ -1,17 +1,17 @@
-"""The Triton kernels of linear attention against the reference, and how calls are cut."""
+"""The Triton kernels of linear attention against the reference."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
+from attention_inputs import mask_of, some_state, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kernels import State, linear_attention, linear_attention_step
-from octavo.kernels.linear_attention import reference, tiles, traffic
+from octavo.kernels.linear_attention import reference, tiles
 from octavo.kernels.linear_attention.reference import EPS, FEATURE_MAPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")
@@ -20,26 +20,13 @@ SMALL = {"CHUNK": 32, "BLOCK_T": 16, "BLOCK_K": 0, "BLOCK_E": 16, "num_warps": 4
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
 """Relative error norms. float16 and bfloat16: about that of one rounding of features, weights or
 state to TF32 or bfloat16, and one of the result (which the interpreter cuts off)."""
+PAIRS = {**SMALL, "BLOCK_K": 16}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def tokens(
-    batch: int, rows: int, heads: int, d: int, e: int, dtype: torch.dtype = torch.float32
-) -> list[torch.Tensor]:
-    shapes = [(batch, rows, heads, size) for size in (d, d, e)]
-    return [random(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
-
-
-def state_of(count: int, heads: int, d: int, e: int) -> State:
-    return State(random(count, heads, d, e, seed=4), random(count, heads, d, seed=5).abs() + 1)
-
-
-def kept(batch: int, rows: int) -> torch.Tensor:
-    return torch.rand(batch, rows, generator=torch.Generator().manual_seed(6)) < 0.7
+every_form = pytest.mark.parametrize(
+    ("causal", "chosen"),
+    [(False, SMALL), (True, SMALL), (True, PAIRS)],
+    ids=["all keys", "causal", "pairs"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,43 +72,64 @@ def compare(
 
 
 @every_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@every_form
 @pytest.mark.parametrize("rows", [0, 1, 17, 63, 64, 65])
-def test_lengths(rows: int, causal: bool, dtype: torch.dtype, device: torch.device) -> None:
-    compare(*tokens(1, rows, 1, 16, 16, dtype), device, causal=causal)
+def test_lengths(
+    rows: int, causal: bool, chosen: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    compare(*tokens(1, rows, 1, 16, 16, dtype), device, chosen, causal=causal)
 
 
 @pytest.mark.parametrize(("d", "e"), [(16, 40), (40, 16), (64, 17), (80, 64), (128, 5), (256, 32)])
-@pytest.mark.parametrize("causal", [False, True])
-def test_head_dimensions(d: int, e: int, causal: bool, device: torch.device) -> None:
-    compare(*tokens(1, 40, 1, d, e), device, causal=causal, initial=state_of(1, 1, d, e))
+@every_form
+def test_head_dimensions(d: int, e: int, causal: bool, chosen: Any, device: torch.device) -> None:
+    state = some_state(1, 1, d, e)
+    compare(*tokens(1, 40, 1, d, e), device, chosen, causal=causal, initial=state)
 
 
 @every_dtype
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("d", "e"), [(40, 80), (128, 40), (256, 256)])
+def test_cuts_by_rule(
+    d: int, e: int, causal: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    chosen = tiles.config(40, 1, d, e, kind=body.KINDS[dtype], causal=causal)
+    compare(*tokens(1, 40, 1, d, e, dtype), device, chosen, causal=causal)
+
+
+@every_dtype
+@every_form
 def test_packed_masked_sequences_with_states(
-    causal: bool, dtype: torch.dtype, device: torch.device
+    causal: bool, chosen: Any, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Of one, no, 33 and 16 tokens: none, one and several chunks each."""
     lengths = torch.tensor([0, 1, 1, 34, 50], dtype=torch.int32)
     compare(
         *tokens(1, 50, 2, 16, 12, dtype),
         device,
-        {**SMALL, "CHUNK": 16},
+        {**chosen, "CHUNK": 16},
         causal=causal,
         cu_seqlens=lengths,
-        key_padding_mask=kept(1, 50),
-        initial=state_of(4, 2, 16, 12),
+        key_padding_mask=mask_of(1, 50, first=False),
+        initial=some_state(4, 2, 16, 12),
     )
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@every_form
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_feature_maps(feature_map: str, causal: bool, device: torch.device) -> None:
+def test_feature_maps(feature_map: str, causal: bool, chosen: Any, device: torch.device) -> None:
     q, k, v = tokens(2, 40, 1, 16, 16)
     if feature_map == "identity":  # normalisers stay away from 0
         q, k = q.abs(), k.abs()
-    compare(q, k, v, device, causal=causal, feature_map=feature_map, key_padding_mask=kept(2, 40))
+    compare(
+        q,
+        k,
+        v,
+        device,
+        causal=causal,
+        feature_map=feature_map,
+        key_padding_mask=mask_of(2, 40, first=False),
+    )
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(3, 70), (70, 3), (5, 0), (0, 5)])
@@ -173,9 +181,9 @@ def test_any_call(
         device,
         dict(zip(SMALL, (*cut, 4, 1), strict=True)),
         causal=causal,
-        key_padding_mask=kept(batch, rows) if masked else None,
+        key_padding_mask=mask_of(batch, rows, first=False) if masked else None,
         cu_seqlens=torch.tensor(ends if rows else [0, 0], dtype=torch.int32) if packed else None,
-        initial=state_of(max(len(ends) - 1, 1) if packed else batch, heads, d, e)
+        initial=some_state(max(len(ends) - 1, 1) if packed else batch, heads, d, e)
         if carried
         else None,
     )
@@ -186,7 +194,7 @@ def test_any_call(
 def test_steps(feature_map: str, dtype: torch.dtype, device: torch.device) -> None:
     """Chunked and recurrent kernels agree with each other and with the reference."""
     inputs = [x.to(device) for x in tokens(2, 5, 2, 24, 20, dtype)]
-    first = State(*(x.to(device) for x in state_of(2, 2, 24, 20)))
+    first = State(*(x.to(device) for x in some_state(2, 2, 24, 20)))
     states = [State(*(x.clone() for x in first)) for _ in range(2)]
     options: dict[str, Any] = {"feature_map": feature_map, "backend": "triton"}
     whole, end = linear_attention(
@@ -214,7 +222,7 @@ def test_a_state_is_taken_in_parts(
     monkeypatch.setattr(tiles, "STEP_BLOCK", 1024)
     monkeypatch.setattr(body, "_processors", lambda _: processors)
     q, k, v = (x[:, 0].to(device) for x in tokens(3, 1, 2, 40, 50))
-    states = [State(*(x.to(device) for x in state_of(3, 2, 40, 50))) for _ in range(2)]
+    states = [State(*(x.to(device) for x in some_state(3, 2, 40, 50))) for _ in range(2)]
     found, expected = (
         linear_attention_step(q, k, v, state, backend=backend)
         for state, backend in zip(states, ("triton", "reference"), strict=True)
@@ -223,10 +231,11 @@ def test_a_state_is_taken_in_parts(
     torch.testing.assert_close(states[0], states[1])
 
 
-def test_it_is_deterministic(device: torch.device) -> None:
+@pytest.mark.parametrize("chosen", [SMALL, PAIRS], ids=["causal", "pairs"])
+def test_it_is_deterministic(chosen: Any, device: torch.device) -> None:
     inputs = [x.to(device) for x in tokens(1, 100, 1, 16, 16)]
     options = Options(None, None, None, None, "elu+1", True, True, EPS)
-    one, two = (body.linear_attention(*inputs, options, SMALL) for _ in range(2))
+    one, two = (body.linear_attention(*inputs, options, chosen) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -236,87 +245,3 @@ def test_offsets_have_64_bits(device: torch.device) -> None:
     assert body._addressable(far).is_contiguous()
     near = far.as_strided((1, 2, 1, 16), (0, 1 << 22, 0, 1))
     assert body._addressable(near).stride() == near.stride()
-
-
-SIZES = ((16, 16), (40, 80), (64, 64), (128, 128), (256, 32), (256, 256))
-
-
-@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_every_cut_can_run(kind: str, causal: bool) -> None:
-    for (d, e), rows in itertools.product(SIZES, (1, 1000, 1 << 16)):
-        options: dict[str, Any] = {"kind": kind, "causal": causal}
-        rule = tiles.config(rows, 16, d, e, **options)
-        offered = list(tiles.candidates(rows, 16, d, e, **options))
-        assert len({tuple(one.values()) for one in offered}) == len(offered) <= 32
-        for one in (rule, *offered):
-            assert list(one) == list(rule)
-            assert one["CHUNK"] % one["BLOCK_T"] == 0
-            assert 16 <= one["BLOCK_E"] <= tiles.padded(e)
-            assert one["BLOCK_T"] <= 256
-
-
-def moved(rows: int, chosen: dict[str, int], causal: bool, extra: bool) -> tuple[int, int]:
-    options: dict[str, Any] = {"kind": "fp32", "causal": causal}
-    options |= {"carried": extra, "returned": extra}
-    return traffic.moved_bytes((rows, rows), 2, 3, (20, 40), chosen, **options)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("extra", [False, True])
-@pytest.mark.parametrize("rows", [20, 40])
-@pytest.mark.parametrize("block_k", [0, 16])
-def test_bytes_are_what_the_kernels_load_and_store(
-    block_k: int, rows: int, extra: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counted by the interpreter, lane by lane."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if torch.cuda.is_available():
-        pytest.skip("a GPU does not count")
-    count = 0
-
-    def counted(name: str) -> None:
-        method = getattr(interpreter.InterpreterBuilder, name)
-
-        def call(self: Any, pointers: Any, *rest: Any) -> Any:
-            nonlocal count
-            mask = rest[0] if name.endswith("load") else rest[1]
-            assert mask.data.shape == pointers.data.shape
-            count += int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
-            return method(self, pointers, *rest)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
-
-    counted("create_masked_load")
-    counted("create_masked_store")
-    state = state_of(2, 3, 20, 40) if extra else None
-    chosen = {**SMALL, "BLOCK_K": block_k, "BLOCK_E": 32}
-    options = Options(None, None, *(state or (None, None)), "elu+1", causal, extra, EPS)
-    body.linear_attention(*tokens(2, rows, 3, 20, 40), options, chosen)
-    assert count == moved(rows, chosen, causal, extra)[0]
-
-
-@pytest.mark.parametrize(
-    ("shape", "all_keys", "causal"),
-    [
-        ((1, 8192, 96, 128), 1.2, 2.6),
-        ((2, 16384, 16, 128), 1.2, 3.5),
-        ((4, 2048, 16, 128), 1.8, 3.4),
-        ((4, 4096, 64, 128), 1.2, 2.6),
-        ((8, 1024, 8, 64), 1.5, 1.9),
-        ((8, 2048, 32, 256), 2.7, 8.6),
-        ((1, 32768, 32, 64), 1.1, 1.6),
-    ],
-    ids=str,
-)
-def test_bytes_against_the_least(
-    shape: tuple[int, int, int, int], all_keys: float, causal: float
-) -> None:
-    """How many times the least the rule's cut loads and stores, caches not counted."""
-    batch, rows, heads, d = shape
-    for is_causal, bound in ((False, all_keys), (True, causal)):
-        kind: dict[str, Any] = {"kind": "bf16", "causal": is_causal}
-        chosen = tiles.config(batch * rows, heads, d, d, **kind)
-        found, least = traffic.moved_bytes((rows, rows), batch, heads, (d, d), chosen, **kind)
-        assert least == 4 * 2 * batch * rows * heads * d
-        assert 1 <= found / least <= bound

@@ -15,6 +15,8 @@ WAVES = 2
 LEAST_CHUNK = 256
 """Rows below which a chunk's state is more to move than its keys and values."""
 
+LEAST_E = 32
+"""Values of a block, if need be with some that are not there: with fewer the compiler spills."""
 STEP_BLOCK = 8192
 """Values of a state that a step's program holds at a time."""
 SECTOR = 8
@@ -22,10 +24,10 @@ SECTOR = 8
 FORM = ("BLOCK_T", "BLOCK_K", "BLOCK_E", "num_warps", "num_stages")
 PAIRS_OF_FLOATS = (32, 32, 128, 8, 1)
 CAUSAL = {
-    ("bf16", 64): (32, 0, 64, 4, 2),
+    ("bf16", 64): (16, 0, 64, 4, 2),
     ("bf16", 128): (16, 0, 32, 8, 2),
     ("bf16", 256): (64, 64, 256, 8, 1),
-    ("fp16", 64): (32, 0, 32, 4, 1),
+    ("fp16", 64): (16, 0, 32, 4, 1),
     ("fp16", 128): (64, 32, 128, 8, 1),
     ("fp16", 256): (64, 32, 128, 8, 1),
     ("fp32", 64): PAIRS_OF_FLOATS,
@@ -110,7 +112,7 @@ def candidates(
     if causal:  # any head may be taken by pairs
         forms.append(_form(CAUSAL, 256, e, kind))
     for block_t, block_k, block_e, _, stages in forms:
-        wider = (block_e, min(2 * block_e, padded(e)))
+        wider = (block_e, max(block_e, min(2 * block_e, padded(e))))
         for form in itertools.product((block_t, 2 * block_t), (block_k,), wider, (4, 8), (stages,)):
             for share in (1, 4):
                 tiles = _cut(rows, heads, e, share * processors, form)
@@ -123,7 +125,7 @@ def _form(table: Mapping[tuple[str, int], Form], d: int, e: int, kind: str) -> F
     block_t, block_k, block_e, warps, stages = table[kind, max(64, padded(d))]
     if block_k and padded(e) <= 64:  # few values for so many threads
         warps = 4
-    return block_t, block_k, min(padded(e), block_e), warps, stages
+    return block_t, block_k, min(max(LEAST_E, padded(e)), block_e), warps, stages
 
 
 def _cut(rows: int, heads: int, e: int, processors: int, form: Form) -> Tiles:

@@ -42,6 +42,15 @@ def window_numbers(stride: int, least: bool) -> tuple[dict[str, str], dict[str, 
     return dict.fromkeys(names, "i32"), ones
 
 
+def title_words(
+    kernel: int, x: str, shape: str, tiles: Mapping[str, int], stride: int
+) -> list[str]:
+    """What tells a variant of a depthwise kernel from others."""
+    blocks = "x".join(str(size) for name, size in tiles.items() if name.startswith("BLOCK"))
+    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
+    return words + ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
+
+
 def _variant(
     shape: str,
     kernel: int,
@@ -69,9 +78,7 @@ def _variant(
         "ACTIVATION": "hardswish",
     }
     numbers |= dict.fromkeys(("M", *FREE), "i32")
-    blocks = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "HWC")
-    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
-    words += ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
+    words = title_words(kernel, x, shape, tiles, stride)
     options: dict[str, Any] = {"architectures": architectures} if architectures else {}
     return Variant(
         f"depthwise_conv2d: {', '.join(words)}",

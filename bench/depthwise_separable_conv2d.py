@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bench.aot import UNLIKE, Variant, epilogue_types
-from bench.depthwise_conv2d import BYTES, window_numbers
+from bench.depthwise_conv2d import BYTES, title_words, window_numbers
 
 FOLDER = "octavo.kernels.depthwise_separable_conv2d"
 SCALES = ("dw_scale_x_ptr", "dw_scale_ptr", "mid_scale_ptr")
@@ -69,10 +69,7 @@ def _variant(
         constants["N"] = 1
     else:
         numbers["N"] = "i32"
-    blocks = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "HWCN")
-    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
-    words += ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
-    words += ["residual"] * residual
+    words = title_words(kernel, x, shape, tiles, stride) + ["residual"] * residual
     options: dict[str, Any] = {"architectures": architectures} if architectures else {}
     return Variant(
         f"depthwise_separable_conv2d: {', '.join(words)}",

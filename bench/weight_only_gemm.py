@@ -9,6 +9,8 @@ from bench.aot import ARCHITECTURES, UNLIKE, Variant
 
 FOLDER = "octavo.kernels.weight_only_gemm"
 END = {"bias_ptr": "*bf16", "residual_ptr": "*bf16"}
+SCALES = {"scale_ptr": "*fp32", "zero_ptr": "*u8", "GROUPS": "i32"}
+STRIDES = {"stride_xm": "i64", "stride_wn": "i64"}
 WIDE = {"fp16": "*i32", "bf16": "*i32", "fp32": "*i64"}
 
 
@@ -81,15 +83,10 @@ def _gemv(
         "x_ptr": "*i64",
         "w_ptr": "*i32",
         "out_ptr": "*fp32" if split > 1 else f"*{kind}",
-        "scale_ptr": "*fp32",
-        "zero_ptr": "*u8",
+        **SCALES,
         **END,
-        "N": "i32",
-        "CHUNKS": "i32",
-        "GROUPS": "i32",
-        "stride_xm": "i64",
-        "stride_wn": "i64",
-        "magic": "i32",
+        **STRIDES,
+        **dict.fromkeys(("N", "CHUNKS", "magic"), "i32"),
     }
     options = {"asymmetric": asymmetric, "bias, gelu, residual": fused, "split K": split > 1}
     return Variant(
@@ -131,15 +128,10 @@ def _gemm(
         "x_ptr": WIDE[kind] if fast and bits == 4 else f"*{kind}",
         "w_ptr": "*u8",
         "out_ptr": "*fp32" if split else f"*{kind}",
-        "scale_ptr": "*fp32",
-        "zero_ptr": "*u8",
+        **SCALES,
         **END,
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-        "GROUPS": "i32",
-        "stride_xm": "i64",
-        "stride_wn": "i64",
+        **STRIDES,
+        **dict.fromkeys("MNK", "i32"),
     }
     options = {
         "asymmetric": asymmetric,

@@ -36,6 +36,24 @@ SEPARABLE = {  # B, C, H, W, N, kernel, stride, padding, dilation
     "dilated": (1, 64, 7, 7, 33, (3, 3), (1, 1), (2, 2, 3, 1), (2, 3)),
     "no images": (0, 8, 5, 5, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
 }
+DENSE = {  # B, C, H, W, N, kh, kw, stride, padding, dilation, groups
+    "stem": (2, 3, 17, 17, 32, 3, 3, (2, 2), (0, 1, 0, 1), (1, 1), 1),
+    "of one block": (1, 32, 7, 7, 65, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "channels with a remainder": (2, 33, 7, 5, 5, 3, 3, (1, 1), (2, 0, 1, 3), (1, 1), 1),
+    "31 channels": (1, 31, 4, 7, 6, 2, 3, (1, 2), (0, 0, 0, 0), (1, 2), 1),
+    "several blocks": (1, 96, 5, 5, 20, 3, 3, (2, 1), (1, 1, 1, 1), (1, 1), 1),
+    "groups": (2, 64, 5, 6, 48, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 2),
+    "small groups": (1, 12, 7, 7, 20, 3, 3, (2, 2), (1, 1, 1, 1), (1, 1), 4),
+    "groups with a remainder": (1, 38, 4, 4, 6, 2, 2, (1, 1), (1, 0, 1, 0), (1, 1), 2),
+    "groups of one pixel": (1, 62, 1, 1, 2, 2, 1, (1, 1), (0, 0, 0, 1), (1, 1), 2),
+    "depthwise": (2, 9, 6, 6, 9, 5, 5, (1, 1), (2, 2, 2, 2), (1, 1), 9),
+    "dilated": (1, 16, 9, 9, 8, 3, 3, (1, 1), (2, 2, 2, 2), (2, 2), 1),
+    "one of all": (1, 1, 1, 1, 1, 1, 1, (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "one pixel": (3, 17, 1, 1, 7, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "pointwise": (2, 40, 5, 7, 33, 1, 1, (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    "every second pixel": (1, 32, 7, 8, 16, 1, 1, (2, 2), (0, 0, 0, 0), (1, 1), 1),
+    "wide": (1, 16, 1, 40, 130, 1, 7, (1, 1), (3, 3, 0, 0), (1, 1), 1),
+}
 
 
 def codes(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,6 +94,13 @@ def separable_call(
     }  # fmt: skip
     window = {"stride": stride, "padding": padding, "dilation": dilation}
     return {name: value.to(device) for name, value in values.items()}, window
+
+
+def dense_call(shape: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Codes, weights, and the arguments for the window."""
+    b, c, h, w, n, kh, kw, stride, padding, dilation, groups = DENSE[shape]
+    window = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return codes(b, c, h, w), codes(n, c // groups, kh, kw, seed=1), window
 
 
 def skip_codes(backend: str, device: torch.device) -> None:

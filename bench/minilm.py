@@ -9,21 +9,19 @@ it is installed. Returns 1 if a limit is broken.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import octavo
-from bench.results_file import write_results
+from bench.results_file import options, write_results
 from octavo import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from octavo.core.progress import TerminalProgress
 from octavo.measure import interleaved_latency
@@ -45,10 +43,7 @@ LIMITS = {
 
 def main() -> int:
     """Runs the comparison, prints a table and writes bench/results/minilm.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="rounds of five calls each")
-    parser.add_argument("--out", type=Path, help="folder of the results file")
-    options = parser.parse_args()
+    asked = options(__doc__, "five")
     warnings.simplefilter("ignore")
     model = demo_text.minilm()
     texts = demo_text.sentences()
@@ -57,13 +52,13 @@ def main() -> int:
     ours = octavo.quantize(model, Int8Dynamic(), verbose=False)
     latency = {
         "eager": _latency(
-            {FLOAT: model, TORCH: _quantize_dynamic(model), OURS: ours}, batch, options.rounds
+            {FLOAT: model, TORCH: _quantize_dynamic(model), OURS: ours}, batch, asked.rounds
         ),
-        "compiled": _latency(_compiled(model, ours), batch, options.rounds),
+        "compiled": _latency(_compiled(model, ours), batch, asked.rounds),
     }
     figures = _figures(latency, closeness)
     results = {"closeness": closeness, "latency_ms": latency, "figures": figures}
-    print(write_results("minilm", results, out=options.out))
+    print(write_results("minilm", results, out=asked.out))
     for name, limit in LIMITS.items():
         found = figures.get(name)
         state = "absent" if found is None else "kept" if found >= limit else "BROKEN"

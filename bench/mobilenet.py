@@ -12,7 +12,6 @@ apart.)
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
 import warnings
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 import octavo
-from bench.results_file import write_results
+from bench.results_file import options, write_results
 from octavo.core.progress import TerminalProgress
 from octavo.measure import isolated_latency
 from octavo.pipelines import demo_data
@@ -102,10 +101,7 @@ def _photos(count: int) -> torch.Tensor:
 
 def main() -> int:
     """Runs the comparison, prints tables and writes bench/results/mobilenet.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="rounds of five calls each")
-    parser.add_argument("--out", type=Path, help="folder of the results file")
-    options = parser.parse_args()
+    asked = options(__doc__, "five")
     warnings.simplefilter("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {"device": device}
@@ -114,11 +110,11 @@ def main() -> int:
             folder = Path(name)
             closeness = _prepare(network, folder)
             latency = {
-                f"batch {batch}": _latency(network, folder, batch, device, options.rounds)
+                f"batch {batch}": _latency(network, folder, batch, device, asked.rounds)
                 for batch in BATCHES
             }
             results[network] = {"closeness": closeness, "latency_ms": latency}
-    print(write_results("mobilenet", results, out=options.out))
+    print(write_results("mobilenet", results, out=asked.out))
     broken = [problem for network in NETWORKS for problem in _problems(network, results[network])]
     print("\n".join(broken) or "all limits kept")
     return int(bool(broken))

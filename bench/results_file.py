@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import io
@@ -15,6 +16,19 @@ from octavo.core.files import atomic_write
 from octavo.core.machine import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def options(description: str, calls: str) -> argparse.Namespace:
+    """What a comparison in rounds is told on the command line: `rounds` and `out`.
+
+    Args:
+        description: of the comparison.
+        calls: how many a round has, in words.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10, help=f"rounds of {calls} calls each")
+    parser.add_argument("--out", type=Path, help="folder of the results file")
+    return parser.parse_args()
 
 
 def write_results(name: str, results: Any, *, out: Path | None = None) -> Path:

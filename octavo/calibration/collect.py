@@ -19,6 +19,7 @@ from octavo.calibration.table import CalibrationTable, TensorEntry
 from octavo.core.arrays import Array
 from octavo.core.errors import CalibrationError, InputError
 from octavo.core.feeds import as_feeds, batch_size, split_batch, to_numpy
+from octavo.core.hooks import Hooked
 from octavo.export.onnx_model import input_specs
 from octavo.export.onnxruntime_session import make_session
 from octavo.export.torch_export import torch_fingerprint
@@ -120,7 +121,7 @@ class OnnxCollector:
         self.statistics[name].update(name, seen[name], number, channels=name in self._channels)
 
 
-class TorchCollector:
+class TorchCollector(Hooked):
     """Keeps statistics of a module's tensors while the caller runs batches through it.
 
     The names are those of `octavo.export.module_ports`: "<module>.input" and "<module>.output". The
@@ -139,6 +140,7 @@ class TorchCollector:
     """
 
     def __init__(self, module: nn.Module, ports: Iterable[str] | None = None) -> None:
+        super().__init__()
         self._modules = dict(module.named_modules())
         if ports is None:
             ports = [
@@ -155,7 +157,6 @@ class TorchCollector:
                     "'<module>.output' with a name from named_modules()"
                 )
         self._root = module
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._batches = 0
         self._samples = 0
 
@@ -169,16 +170,6 @@ class TorchCollector:
                 self._handles.append(part.register_forward_hook(self._after(port)))
         self._handles.append(self._root.register_forward_hook(self._finish, with_kwargs=True))
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def table(self, observer: str = "minmax", dtype: str = "int8") -> CalibrationTable:
         """What was seen, as a calibration table of this module.

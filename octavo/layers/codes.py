@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from octavo.kernels import static_quantize
@@ -138,6 +140,7 @@ class Int8Add(QuantizedModule):
         self.out_zero_point, self.activation = out_zero_point, activation
         for name in self.float32:
             self.register_buffer(name, torch.ones((), device=device))
+        self._follow_scales()
 
     @classmethod
     def under(
@@ -153,31 +156,45 @@ class Int8Add(QuantizedModule):
         layer = cls(pairs[0][1], pairs[1][1], pairs[2][1], activation, device)
         for name, (scale, _) in zip(cls.float32, pairs, strict=True):
             getattr(layer, name).copy_(scale)
+        layer._follow_scales()
         return layer
+
+    def _follow_scales(self) -> None:
+        """The numbers that `forward` computes with: float32, as a kernel would hold them."""
+        if self.out_scale.is_meta:
+            return
+        scales = (getattr(self, name).cpu() for name in self.float32)
+        a_scale, b_scale, out_scale = scales
+        ratio_a, ratio_b = a_scale / out_scale, b_scale / out_scale
+        zeros = (self.a_zero_point + UNSIGNED, self.b_zero_point + UNSIGNED)
+        zero = self.out_zero_point + UNSIGNED
+        offset = zero - (ratio_a * zeros[0] + ratio_b * zeros[1])
+        self._ratios, self._offset = (float(ratio_a), float(ratio_b)), float(offset)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Two tensors of one shape, to a tensor of that shape."""
-        zeros = (self.a_zero_point + UNSIGNED, self.b_zero_point + UNSIGNED)
+        ratio_a, ratio_b = self._ratios
+        inner = _doubles(b).mul_(ratio_b).add_(self._offset).to(torch.float32)
+        total = _doubles(a).mul_(ratio_a).add_(inner.to(torch.float64)).to(torch.float32)
         zero = self.out_zero_point + UNSIGNED
-        ratio_a, ratio_b = self.a_scale / self.out_scale, self.b_scale / self.out_scale
-        offset = zero - (ratio_a * zeros[0] + ratio_b * zeros[1])
-        inner = _fma(b.to(torch.float64) + UNSIGNED, ratio_b, offset)
-        total = _fma(a.to(torch.float64) + UNSIGNED, ratio_a, inner)
         if self.activation in ("none", "relu"):
-            if self.activation == "relu":
-                total.clamp_(min=zero)
-            return (torch.round(total) - UNSIGNED).clamp_(-128, 127).to(torch.int8)
+            lowest = max(self.out_zero_point, -128) if self.activation == "relu" else -128
+            return total.round_().sub_(UNSIGNED).clamp_(lowest, 127).to(torch.int8)
         real = ACTIVATIONS[self.activation]((total - zero) * self.out_scale)
         return to_int8(real, self.out_scale, self.out_zero_point)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._follow_scales()
 
     def extra_repr(self) -> str:
         """What follows the sum."""
         return f"activation={self.activation!r}"
 
 
-def _fma(x: torch.Tensor, factor: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """float32(x * factor + y), rounded once, of codes in float64 and float32 numbers."""
-    return x.mul_(factor.to(torch.float64)).add_(y).to(torch.float32)
+def _doubles(codes: torch.Tensor) -> torch.Tensor:
+    """int8 codes as unsigned ones, in float64, where their products with float32 are exact."""
+    return codes.to(torch.float64).add_(UNSIGNED)
 
 
 def _reals(codes: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from octavo.core.errors import InputError
 from octavo.kernels import int8_conv2d, static_quantize
+from octavo.layers.geometry import pair
 from octavo.layers.linear import compute_dtype
 from octavo.layers.module import QuantizedModule
 from octavo.layers.weight_order import in_kernel_order
@@ -114,7 +115,7 @@ class Int8Conv2d(QuantizedModule):
         def floats(*shape: int) -> torch.Tensor:
             return torch.ones(shape, dtype=torch.float32, device=device)
 
-        shape = (out_channels, in_channels // groups, *_pair(self.kernel_size))
+        shape = (out_channels, in_channels // groups, *pair(self.kernel_size))
         weight = torch.zeros(shape, dtype=torch.int8, device=device)
         self.register_buffer("weight", self._ordered(weight))
         self.register_buffer("weight_scale", floats(out_channels))
@@ -367,7 +368,3 @@ def _check_kind(name: str, value: torch.Tensor, *, codes: bool) -> None:
 def _numbers(value: Numbers) -> Any:
     """A number, or a tuple, also of a list that JSON held."""
     return value if isinstance(value, int) else tuple(value)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value

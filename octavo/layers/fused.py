@@ -13,6 +13,7 @@ from octavo.core.errors import InputError
 from octavo.kernels import depthwise_conv2d, depthwise_separable_conv2d
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, IN_PLACE
 from octavo.kernels.int8_gemm.schema import FLOATS
+from octavo.layers.geometry import pair, sides
 from octavo.layers.linear import compute_dtype
 from octavo.layers.weight_order import in_kernel_order
 
@@ -79,8 +80,8 @@ class FusedConv2d(nn.Module):
                 known = ", ".join(ACTIVATIONS)
                 raise InputError(f"activation {given!r} is unknown; use one of {known}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = map(_pair, (kernel_size, stride, dilation))
-        self.padding = _sides(padding)
+        self.kernel_size, self.stride, self.dilation = map(pair, (kernel_size, stride, dilation))
+        self.padding = sides(padding)
         self.activation, self.final_activation = activation, final_activation
         self.channels_last = channels_last
         self.sources: tuple[str, ...] = ()
@@ -232,20 +233,3 @@ def _has_kernels(x: torch.Tensor) -> bool:
 
 def _on_gpu(weight: torch.Tensor) -> bool:
     return weight.is_cuda
-
-
-def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _sides(value: Padding) -> tuple[int, int, int, int]:
-    """Padding as left, right, top, bottom."""
-    if isinstance(value, int):
-        return value, value, value, value
-    if len(value) == 2:
-        return value[1], value[1], value[0], value[0]
-    if len(value) == 4 and min(value) >= 0:
-        return value
-    raise InputError(
-        f"padding is {value!r}; give a number, (height, width) or (left, right, top, bottom)"
-    )

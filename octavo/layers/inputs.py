@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from octavo.core.errors import CalibrationError
+from octavo.core.hooks import Hooked
 
 __all__ = ["InputCollector", "LayerInputs"]
 
@@ -63,7 +63,7 @@ class LayerInputs:
         self._keys = torch.cat([self._keys, other._keys])
 
 
-class InputCollector:
+class InputCollector(Hooked):
     """Watches the inputs of layers while the caller runs batches; use it as a context manager.
 
     Hooks are removed when the block ends, also when it ends with an exception.
@@ -77,25 +77,15 @@ class InputCollector:
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], *, gram: Collection[str] = ()) -> None:
+        super().__init__()
         self.inputs: dict[str, LayerInputs] = {}
         self._layers, self._gram = dict(layers), frozenset(gram)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> InputCollector:
         for name, layer in self._layers.items():
             hook = self._hook(name)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _hook(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -270,16 +270,7 @@ class Int8GRU(_Int8Recurrent):
     As `Int8LSTM`, except that hidden states have a scale a sequence, max(1, max|h0|) / 127: a new
     hidden state lies between the one before it and a tanh.
 
-    Args:
-        input_size: features of the input.
-        hidden_size: H.
-        num_layers: layers on top of each other.
-        bias: whether there are any.
-        batch_first: whether the input is [B, T, K] and not [T, B, K].
-        dropout: between layers, in training mode only, as nn.GRU does.
-        bidirectional: whether a second direction runs backwards.
-        device: of the buffers.
-        dtype: of the biases.
+    The arguments are those of `Int8LSTM`.
 
     Attributes:
         weight_ih_l0: int8 [3H, K], and so on with the names of nn.GRU.

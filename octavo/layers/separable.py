@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
+from octavo.layers.geometry import pair
 
 __all__ = ["DepthwiseSeparableConv2d", "MobileNetBlock"]
 
@@ -129,7 +130,7 @@ class MobileNetBlock(DepthwiseSeparableConv2d):
 
 
 def _same(kernel_size: Pair, dilation: Pair) -> tuple[int, int]:
-    kernel, steps = (v if isinstance(v, tuple) else (v, v) for v in (kernel_size, dilation))
+    kernel, steps = pair(kernel_size), pair(dilation)
     if not all(size % 2 for size in kernel):
         raise InputError(f"kernel_size is {kernel_size}; give a padding where it is even")
     return steps[0] * (kernel[0] // 2), steps[1] * (kernel[1] // 2)

@@ -34,6 +34,7 @@ class Int8Graph:
     Attributes:
         batches: calibration data for the other layers.
         example: a batch, to trace the model with.
+        fused: the float model, fused.
         forms: name of a module -> the codes around it; empty where there are no convolutions.
         weights: the same name -> what it computes with.
         merged: the same name -> the parallel convolutions that the layer stands for.
@@ -44,6 +45,7 @@ class Int8Graph:
 
     batches: Iterable[Any] | None
     example: Any = None
+    fused: nn.Module | None = None
     forms: dict[str, Form] = field(default_factory=dict)
     weights: dict[str, Weights] = field(default_factory=dict)
     merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -51,11 +53,15 @@ class Int8Graph:
     refused: dict[str, str] = field(default_factory=dict)
     detail: str = "a scale a tensor"
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """The fused model, with the INT8 layers in it."""
-        result, layers = to_int8(
-            fuse_model(model.eval(), self.example)[0], self.forms, self.weights
-        )
+    def apply(self, changed: nn.Module | None) -> nn.Module:
+        """The fused model, with the INT8 layers in it.
+
+        Args:
+            changed: the float model, where layers of it have been swapped since it was fused.
+        """
+        fused = self.fused if changed is None else fuse_model(changed.eval(), self.example)[0]
+        assert fused is not None  # noqa: S101 - forms come with a fused model
+        result, layers = to_int8(fused, self.forms, self.weights)
         for name, layer in layers.items():
             self.made[name] = Made(layer, self.detail)
             for other in self.merged.get(name, ()):
@@ -124,7 +130,7 @@ def _calibrated(
         example = first if example is None else example
     graph = Int8Graph(batches, example)
     with in_evaluation(model):
-        fused = fuse_model(model, example)[0]
+        graph.fused = fused = fuse_model(model, example)[0]
         merged, parallel = merge_parallel(model, example)
         table = calibration if isinstance(calibration, CalibrationTable) else None
         graph.merged.update(_convolutions(model, parallel))

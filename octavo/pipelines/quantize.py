@@ -110,7 +110,7 @@ def quantize(
         else:
             install(work, layers, edits)
         if graph.forms:
-            work = graph.apply(work)
+            work = graph.apply(work if layers else None)
     except BaseException:
         edits.undo()
         raise

@@ -33,11 +33,7 @@ from octavo.layers import (
 )
 from octavo.quant import PerChannel, choose_qparams, quantize, sqnr_db
 
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def close(

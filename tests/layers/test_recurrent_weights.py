@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,11 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.layers import recurrent_weights
 
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 BUFFERS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]

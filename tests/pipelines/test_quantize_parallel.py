@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import images, settled
 from torch import nn
 
 import octavo
@@ -40,16 +41,7 @@ class Block(nn.Module):
 def network() -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(Block(3, 16, 2), Block(16, 16, 1), Block(16, 24, 2), nn.Conv2d(24, 8, 1))
-    with torch.no_grad():
-        for _ in range(8):
-            net(images(16, 7))
-    return net.eval()
-
-
-def images(count: int, seed: int = 1) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    small = torch.randn(count, 3, 8, 8, generator=random)
-    return nn.functional.interpolate(small, size=(24, 24), mode="bilinear")
+    return settled(net)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import images, settled
 from torch import nn
 
 import octavo
@@ -44,17 +45,7 @@ class Untraced(nn.Module):
 
 def network() -> Untraced:
     torch.manual_seed(0)
-    net = Untraced()
-    with torch.no_grad():
-        net(images(16, 7))
-        net(images(16, 8))
-    return net.eval()
-
-
-def images(count: int, seed: int = 1) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    small = torch.randn(count, 3, 6, 6, generator=random)
-    return nn.functional.interpolate(small, size=(24, 24), mode="bilinear")
+    return settled(Untraced())
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from octavo.core.fusions import NearMiss
 from octavo.layers.fuse.activations import activation_after
-from octavo.layers.fuse.geometry import sum_of
 from octavo.layers.fuse.parallel import parallel
 from octavo.layers.fuse.scene import Scene
 from octavo.layers.fuse.steps import Add, Conv, Norm, Pad, Refusal
 from octavo.layers.fuse.unit import Branch, Pair, Unit, in_order
+from octavo.layers.geometry import sum_of
 
 __all__ = ["Found", "find", "find_parallel"]
 

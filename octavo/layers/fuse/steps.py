@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from octavo.layers.fuse.geometry import Padding, same_padding, symmetric
+from octavo.layers.geometry import Padding, pair, sides
 
 __all__ = [
     "Add",
@@ -225,20 +225,16 @@ def _conv_module(node: fx.Node, module: nn.Conv2d) -> Step:
     x = _only_input(node)
     if x is None:
         return refused("it is not called with one tensor")
-    padding = module.padding
+    dilation = pair(module.dilation)
     return Conv(
         node,
         x,
         name,
         module.weight,
         module.bias,
-        _pair(module.stride),
-        same_padding(module.weight.shape[2:], _pair(module.dilation))
-        if padding == "same"
-        else symmetric(0, 0)
-        if isinstance(padding, str)
-        else symmetric(*_pair(padding)),
-        _pair(module.dilation),
+        pair(module.stride),
+        sides(module.padding, module.weight.shape[2:], dilation),
+        dilation,
         module.groups,
     )
 
@@ -294,14 +290,9 @@ def _conv_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Ste
     numbers = [stride, dilation, groups, padding]
     if not isinstance(x, fx.Node) or any(_holds_node(value) for value in numbers):
         return Refusal(node, "convolution", name, "its arguments are computed, not constant")
-    sides = (
-        same_padding(weight.shape[2:], _pair(dilation))
-        if padding == "same"
-        else symmetric(0, 0)
-        if isinstance(padding, str)
-        else symmetric(*_pair(padding))
-    )
-    return Conv(node, x, name, weight, bias, _pair(stride), sides, _pair(dilation), groups)
+    steps = pair(dilation)
+    around = sides(padding, weight.shape[2:], steps)
+    return Conv(node, x, name, weight, bias, pair(stride), around, steps, groups)
 
 
 def _norm_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Step | None:
@@ -389,17 +380,10 @@ def _image_padding(value: Any) -> Padding | None:
     """Padding of the last two axes, where a list for `F.pad` pads no others."""
     if not isinstance(value, (tuple, list)) or len(value) % 2 or len(value) < 2:
         return None
-    sides = [*value, 0, 0][:4] if len(value) == 2 else list(value)
-    if not all(isinstance(side, int) and side >= 0 for side in sides) or any(sides[4:]):
+    given = [*value, 0, 0][:4] if len(value) == 2 else list(value)
+    if not all(isinstance(side, int) and side >= 0 for side in given) or any(given[4:]):
         return None
-    return sides[0], sides[1], sides[2], sides[3]
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    return (int(values[0]), int(values[-1]))
+    return given[0], given[1], given[2], given[3]
 
 
 def _holds_node(value: Any) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from octavo.layers.fuse.geometry import Padding
 from octavo.layers.fuse.steps import Conv, Norm
+from octavo.layers.geometry import Padding
 
 __all__ = ["Branch", "Pair", "Unit", "in_order"]
 

@@ -127,11 +127,16 @@ def _case(row: Row) -> Case | None:
     return next((case for case in cases if case.name == row.case), None)
 
 
-def _roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
+def _figure() -> tuple[Any, Any]:
+    """A figure and its axes; matplotlib is imported with the first one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    return figure, figure.subplots()
+
+
+def _roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
+    figure, axes = _figure()
     for who in dict.fromkeys(row.who for row in rows if row.p50_us is not None):
         points = [
             (intensity(row), row.tops) for row in rows if row.who == who and row.p50_us is not None
@@ -156,10 +161,7 @@ def _roofline(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> N
 
 
 def _bandwidth(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     for who in dict.fromkeys(row.who for row in rows if row.gbs):
         points = [(case.bytes, row.gbs) for row in rows if row.who == who and (case := _case(row))]
         drawn = [(x, y) for x, y in points if y]
@@ -177,10 +179,7 @@ def _bandwidth(rows: Sequence[Row], limits: Limits, device: str, path: Path) -> 
 
 
 def _ratio(rows: Sequence[Row], device: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     for title, points in ratios(rows).items():
         axes.plot(*zip(*points, strict=True), "o-", label=title, markersize=4, linewidth=1)
     axes.axhline(1.0, color="0.6", linewidth=1)

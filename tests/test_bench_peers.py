@@ -25,7 +25,7 @@ def attend(
     output_final_state: bool = False,
     normalize: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Causal, over features that the caller has computed; its normaliser knows these tokens only."""
+    """Causal, over features that the caller has computed; normalised by these tokens alone."""
     weights = torch.einsum("bthd,bshd->bhts", q * scale, k).tril()
     sums = torch.einsum("bhts,bshe->bthe", weights, v.float())
     if initial_state is not None:

@@ -17,7 +17,7 @@ def static_variants() -> Iterator[Variant]:
     kinds = ("bf16", "fp16", "fp32")
     forms = [(d, d, kind) for kind in kinds for d in (64, 128, 256)]
     odd = [(80, 40, "bf16"), (200, 136, "bf16"), (80, 80, "fp16"), (256, 16, "fp16")]
-    odd += [(40, 80, "fp32"), (80, 256, "fp32")]
+    odd += [(256, 256, "bf16"), (40, 80, "fp32"), (80, 256, "fp32")]
     for form in forms:
         yield _chunks("states", *form)
         yield _chunks("all keys", *form)

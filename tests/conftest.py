@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,3 +99,10 @@ def demo_folder(once: Once) -> Path:
 def lite0_table(demo_folder: Path) -> CalibrationTable:
     """The table that the demo's calibration found."""
     return CalibrationTable.load(demo_folder / "table.json")
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    """For files whose every test only computes; they name it in `pytestmark`."""
+    with torch.no_grad():
+        yield

@@ -24,6 +24,11 @@ def static_variants() -> Iterator[Variant]:
     yield _variant("7x7x1024", 3, config(32, 7, 7, 1024, 2), stride=2)
     yield _variant("14x14x512", 3, config(32, 14, 14, 512, 1), stride=2, x="i8", out="i8")
     yield _variant("56x56x128", 3, config(32, 56, 56, 128, 4), x="fp32", out="fp32")
+    for x in ("fp16", "i8"):  # of MobileNetV3, of another multiple than 16; and of none
+        for channels in (120, 33):
+            uneven = config(32, 28, 28, channels, BYTES[x])
+            shape = f"28x28x{channels}"
+            yield _variant(shape, 5, uneven, x=x, out=x, channels=channels, architectures=UNLIKE)
     yield _variant("1x1x1", 1, config(1, 1, 1, 1, 2), least=True, architectures=UNLIKE)
     for x in ("fp16", "i8"):
         offered = list(candidates(32, 56, 56, 128, BYTES[x]))
@@ -58,10 +63,13 @@ def _variant(
     *,
     stride: int = 1,
     least: bool = False,
+    channels: int = 128,
     x: str = "fp16",
     out: str = "fp16",
     architectures: tuple[int, ...] = (),
 ) -> Variant:
+    from octavo.kernels.depthwise_conv2d.tiles import unit
+
     pointers = {"x_ptr": f"*{x}", "w_ptr": f"*{x}", "out_ptr": f"*{out}", **epilogue_types(out)}
     pointers["residual_ptr"] = f"*{x}"
     numbers, steps = window_numbers(stride, least)
@@ -76,6 +84,7 @@ def _variant(
         "REQUANTIZE": out == "i8",
         "RAW": False,
         "ACTIVATION": "hardswish",
+        "UNIT": unit(channels),
     }
     numbers |= dict.fromkeys(("M", *FREE), "i32")
     words = title_words(kernel, x, shape, tiles, stride)
@@ -86,7 +95,7 @@ def _variant(
         "depthwise_kernel",
         {**pointers, **numbers},
         constants,
-        (*pointers, *(["C"] * (not least))),
+        (*pointers, *(["C"] * (channels % 16 == 0 and not least))),
         dict(tiles),
         **options,
     )

@@ -24,6 +24,10 @@ def static_variants() -> Iterator[Variant]:
         wide = config(14, 14, 512, 512, BYTES[x])
         yield _variant("14x14x512 to 512", 3, wide, x, residual=True)
         yield _variant("7x7x960 to 160", 3, config(7, 7, 960, 160, BYTES[x]), x, stride=2)
+    for x in ("fp16", "i8"):  # of MobileNetV3, of another multiple than 16; and of none
+        for sizes in ((120, 40), (33, 33)):
+            uneven, shape = config(28, 28, *sizes, BYTES[x]), f"28x28x{sizes[0]} to {sizes[1]}"
+            yield _variant(shape, 5, uneven, x, sizes=sizes, architectures=UNLIKE)
     yield _variant("1x1x1 to 1", 1, config(1, 1, 1, 1, 1), "i8", least=True, architectures=UNLIKE)
     for x in ("fp16", "i8"):
         offered = list(candidates(56, 56, 128, 256, BYTES[x]))
@@ -39,11 +43,14 @@ def _variant(
     *,
     stride: int = 1,
     least: bool = False,
+    sizes: tuple[int, int] = (128, 128),
     residual: bool = False,
     architectures: tuple[int, ...] = (),
 ) -> Variant:
+    from octavo.kernels.depthwise_conv2d.tiles import unit
     from octavo.kernels.depthwise_separable_conv2d.tiles import pieces
 
+    aligned = [name for name, size in zip("CN", sizes, strict=True) if size % 16 == 0 and not least]
     pointers = dict.fromkeys(("x_ptr", "dw_ptr", "pw_ptr", "out_ptr", "residual_ptr"), f"*{x}")
     pointers |= {**dict.fromkeys(SCALES, "*fp32"), **epilogue_types(x)}
     pointers["dw_bias_ptr"] = pointers["bias_ptr"]
@@ -63,6 +70,8 @@ def _variant(
         "RAW": False,
         "ACTIVATION": "hardswish",
         "PIECES": pieces(tiles),
+        "UNIT": unit(sizes[0]),
+        "UNIT_N": unit(sizes[1]),
     }
     numbers |= dict.fromkeys(("M", *ZERO_POINTS), "i32")
     if least:
@@ -77,7 +86,7 @@ def _variant(
         "separable_kernel",
         {**pointers, **numbers},
         constants,
-        (*pointers, *(["C", "N"] * (not least))),
+        (*pointers, *aligned),
         dict(tiles),
         **options,
     )

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from octavo.kernels.depthwise_conv2d.tiles import candidates, config, loaded_pixels
+from octavo.kernels.depthwise_conv2d.tiles import (
+    candidates,
+    config,
+    loaded_pixels,
+    scattered,
+    unit,
+)
 from octavo.kernels.depthwise_separable_conv2d import tiles as separable
 from octavo.kernels.window import Window
 
@@ -135,3 +141,24 @@ def test_what_the_separable_rule_moves(shape: tuple[int, int, int, int], size: i
     assert read + result <= again * 1.75 * least + weights
     if again == 1:
         assert read - weights < 32 * side**2 * channels * size + between, "two kernels move more"
+
+
+def test_what_the_compiler_is_told_of_sizes() -> None:
+    """It sees multiples of 16 by itself; a vector of others is as long as the unit allows."""
+    assert [unit(size) for size in (1, 3, 72, 100, 120, 128, 960)] == [1, 1, 8, 4, 8, 1, 1]
+    assert not any(scattered(size, 2) for size in (1, 16, 72, 100, 6))
+    assert [scattered(size, 1) for size in (1, 2, 6, 4, 100, 120)] == [False, True, True] + [
+        False
+    ] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pixels_that_lie_unaligned_have_small_tiles(size: int) -> None:
+    """Each value has an address then, and registers must hold them."""
+    for tiles in [config(32, 28, 28, 33, size), *candidates(32, 28, 28, 33, size)]:
+        sums = tiles["BLOCK_H"] * tiles["BLOCK_W"] * tiles["BLOCK_C"]
+        assert sums <= 4 * 32 * tiles["num_warps"]
+        assert not tiles["ROW"]
+    rule = separable.config(28, 28, 33, 33, size)
+    assert list(separable.candidates(28, 28, 33, 33, size)) == [rule]
+    assert rule["BLOCK_H"] * rule["BLOCK_W"] * rule["BLOCK_C"] <= 4 * 32 * rule["num_warps"]

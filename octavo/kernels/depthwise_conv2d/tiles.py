@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 
 from octavo.kernels.window import Window
 
-__all__ = ["candidates", "config", "loaded_pixels", "power_of_two", "spread"]
+__all__ = ["candidates", "config", "loaded_pixels", "power_of_two", "scattered", "spread", "unit"]
 
 Tiles = dict[str, int]
 
 LINE = 64
 """Bytes of a pixel that a program reads at once: two sectors of the cache."""
-VALUES = 16
-"""Sums that a thread keeps."""
+VALUES, FEW_VALUES = 16, 4
+"""Sums that a thread keeps; fewer where each value of x takes an address of its own."""
 ENOUGH = 256
 """Programs that keep a large card busy."""
 
@@ -37,8 +37,10 @@ def config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Tile
         BLOCK_H, BLOCK_W, BLOCK_C, ROW (whether the taps of a row are loaded at once), num_warps,
         num_stages.
     """
+    values, row = (FEW_VALUES, 0) if scattered(channels, size) else (VALUES, 1)
     for warps in (8, 4, 2):
-        tiles = _tiles(out_h, out_w, min(power_of_two(channels), LINE // size), warps, 1)
+        block = min(power_of_two(channels), LINE // size)
+        tiles = _tiles(out_h, out_w, block, warps, row, values)
         if batch * _programs(tiles, out_h, out_w, channels) >= ENOUGH:
             break
     return tiles
@@ -47,9 +49,11 @@ def config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Tile
 def candidates(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
     found = [config(batch, out_h, out_w, channels, size)]
-    for line, warps, row in itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), (1, 0)):
+    apart = scattered(channels, size)
+    values, rows = (FEW_VALUES, (0,)) if apart else (VALUES, (1, 0))
+    for line, warps, row in itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), rows):
         block = min(power_of_two(channels), line // size)
-        tiles = _tiles(out_h, out_w, block, warps, row)
+        tiles = _tiles(out_h, out_w, block, warps, row, values)
         if tiles not in found:
             found.append(tiles)
             yield tiles
@@ -90,13 +94,31 @@ def _programs(tiles: Mapping[str, int], out_h: int, out_w: int, channels: int) -
     return math.prod(math.ceil(size / tiles[name]) for name, size in sizes)
 
 
+def scattered(channels: int, size: int) -> bool:
+    """Whether fewer than 4 bytes of a pixel are loaded at once, for pixels are not aligned.
+
+    Args:
+        channels: of an image.
+        size: bytes of a value.
+    """
+    return channels > 1 and (channels & -channels) * size < 4
+
+
+def unit(size: int) -> int:
+    """The power of two that divides a size, where the compiler has to be told; else 1.
+
+    It sees whether a size is a multiple of 16, and would load every byte of others apart.
+    """
+    return 1 if size % 16 == 0 else size & -size
+
+
 def power_of_two(size: int) -> int:
     """The next power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 
-def _tiles(out_h: int, out_w: int, block: int, warps: int, row: int) -> Tiles:
-    pixels = 32 * warps * VALUES // block
+def _tiles(out_h: int, out_w: int, block: int, warps: int, row: int, values: int) -> Tiles:
+    pixels = max(1, 32 * warps * values // block)
     height, width = spread(out_h, out_w, min(pixels, power_of_two(out_h) * power_of_two(out_w)))
     return {
         "BLOCK_H": height,

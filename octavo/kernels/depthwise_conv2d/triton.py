@@ -9,7 +9,7 @@ import torch
 import triton
 
 from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.depthwise_conv2d.tiles import candidates, config
+from octavo.kernels.depthwise_conv2d.tiles import candidates, config, unit
 from octavo.kernels.depthwise_conv2d.triton_depthwise import depthwise_kernel
 from octavo.kernels.int8_gemm.triton import end_arguments, end_constants
 from octavo.kernels.tuning import best, size_bucket
@@ -100,5 +100,6 @@ def _launch(
     depthwise_kernel[grid](
         x, weight, out, *end_arguments(c.epilogue, x), c.zero_point,
         batch * height * width, *window_arguments(x, c),
-        **end_constants(c.epilogue), KH=c.window.kernel[0], KW=c.window.kernel[1], **tiles,
+        **end_constants(c.epilogue), KH=c.window.kernel[0], KW=c.window.kernel[1],
+        UNIT=unit(channels), **tiles,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.depthwise_conv2d.triton_window import tile_pixels, window_sums
+from octavo.kernels.depthwise_conv2d.triton_window import known_multiple, tile_pixels, window_sums
 from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish
 
 __all__ = ["depthwise_kernel"]
@@ -20,8 +20,10 @@ def depthwise_kernel(
     REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROW: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Images [B, H, W, C] to results [B, OUT_H, OUT_W, C], which have M pixels."""
+    C = known_multiple(C, UNIT)
     blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
     cols = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)

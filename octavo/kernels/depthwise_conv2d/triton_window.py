@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["tile_pixels", "window_sums"]
+__all__ = ["known_multiple", "tile_pixels", "window_sums"]
+
+
+@triton.jit
+def known_multiple(size, UNIT: tl.constexpr):
+    """The same size, of which the compiler knows that it is a multiple of UNIT."""
+    if UNIT > 1:
+        size = size // UNIT * UNIT
+    return size
 
 
 @triton.jit

@@ -6,7 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 
-from octavo.kernels.depthwise_conv2d.tiles import LINE, loaded_pixels, power_of_two, spread
+from octavo.kernels.depthwise_conv2d.tiles import (
+    LINE,
+    loaded_pixels,
+    power_of_two,
+    scattered,
+    spread,
+    unit,
+)
 from octavo.kernels.window import Window
 
 __all__ = ["candidates", "config", "loaded_bytes", "pieces"]
@@ -18,6 +25,8 @@ LEAST_PIXELS = 16
 MOST_OUTPUTS = 256
 SHAPES = ((64, MOST_OUTPUTS), (64, 128), (128, 128), (32, 128))
 """Pixels and output channels of tiles whose sums leave registers for the depthwise half."""
+SCATTERED = (LEAST_PIXELS, 128, LINE // 2, False)
+"""Pixels, output channels, bytes of a pixel, and no row at once, where values lie unaligned."""
 
 
 def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Tiles:
@@ -37,12 +46,17 @@ def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Ti
     Returns:
         BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_N, ROW, num_warps, num_stages; see `depthwise_conv2d`.
     """
+    if scattered(channels, size):
+        return _tiles(out_h, out_w, channels, outputs, size, *SCATTERED)
     return _tiles(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, size > 1)
 
 
 def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Tiles]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
     found = []
+    if scattered(channels, size):
+        yield config(out_h, out_w, channels, outputs, size)
+        return
     for (pixels, most), row, line in itertools.product(SHAPES, (False, True), (LINE, 2 * LINE)):
         tiles = _tiles(out_h, out_w, channels, outputs, size, pixels, most, line, row)
         fits = not row or (size > 1 and pixels <= 64)  # the registers
@@ -88,6 +102,7 @@ def _tiles(
 ) -> Tiles:
     least = 32 // min(size, 2)  # what a step of a product takes: 32 codes, or 16 others
     block_n = max(16, min(power_of_two(outputs), most))
+    unaligned = scattered(channels, size) or unit(channels) > 1  # whose addresses take registers
     area = power_of_two(out_h) * power_of_two(out_w)
     height, width = spread(out_h, out_w, max(LEAST_PIXELS, min(pixels, area)))
     return {
@@ -96,6 +111,6 @@ def _tiles(
         "BLOCK_C": max(least, min(power_of_two(channels), line // size)),
         "BLOCK_N": block_n,
         "ROW": int(row),
-        "num_warps": 8 if height * width * block_n >= 64 * 128 else 4,
+        "num_warps": 8 if height * width * block_n >= 64 * 128 or unaligned else 4,
         "num_stages": 1,
     }

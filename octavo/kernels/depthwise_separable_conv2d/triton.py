@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import triton
 
+from octavo.kernels.depthwise_conv2d.tiles import unit
 from octavo.kernels.depthwise_conv2d.triton import by_taps, window_arguments
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
 from octavo.kernels.depthwise_separable_conv2d.tiles import candidates, config, pieces
@@ -100,7 +101,7 @@ def _launch(
         DW_CHANNEL=first.scale_w is not None and first.scale_w.ndim > 0,
         DW_BIAS=first.bias is not None, DW_ACTIVATION=first.activation,
         **end_constants(s.pointwise), KH=window.kernel[0], KW=window.kernel[1],
-        PIECES=pieces(tiles), **tiles,
+        PIECES=pieces(tiles), UNIT=unit(x.shape[1]), UNIT_N=unit(outputs), **tiles,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.depthwise_conv2d.triton_window import tile_pixels, window_sums
+from octavo.kernels.depthwise_conv2d.triton_window import known_multiple, tile_pixels, window_sums
 from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
 from octavo.kernels.triton_epilogue import activate
 from octavo.kernels.triton_rounding import to_int8
@@ -63,6 +63,7 @@ def separable_kernel(
     REQUANTIZE: tl.constexpr, RAW: tl.constexpr, ACTIVATION: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_N: tl.constexpr,
 ):  # fmt: skip
     """Images [B, H, W, C] to results [B, OUT_H, OUT_W, N], which have M pixels.
 
@@ -70,6 +71,7 @@ def separable_kernel(
     tile's blocks of outputs stand beside each other, for the tile's pixels are in the L2 cache
     then; each computes the depthwise half anew.
     """
+    C, N = known_multiple(C, UNIT), known_multiple(N, UNIT_N)
     blocks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     first_n = program % blocks * BLOCK_N

@@ -1,19 +1,22 @@
 """INT8 LSTM and GRU on a CPU, beside PyTorch's dynamic quantization and float.
 
-    python -m bench.recurrent                  # writes bench/results/recurrent.json
-    python -m bench.recurrent --hidden 256 --batch 1 --out DIR   # some of the cases
+    python -m bench recurrent                  # writes bench/results/recurrent.json
+    python -m bench recurrent --hidden 256 --batch 1 --out DIR   # some of the cases
 
 First a character model of each kind is trained on real text, to show what quantization costs a
 trained network: SQNR of the layer's output and perplexity on held-out text. Then layers of random
-weights are timed, interleaved in one process; a case is timed only after its output is checked.
+weights are timed, each in a process of its own, in turn; a case is timed only after its output is
+checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from torch import nn
 from bench.recurrent_text import Text, held_out, trained
 from bench.results_file import write_results
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
-from octavo.measure import interleaved_latency
+from octavo.measure import isolated_latency
 from octavo.quant import sqnr_db
 
 KINDS: dict[str, tuple[type[nn.RNNBase], Any]] = {
@@ -66,30 +69,46 @@ def on_text(name: str, text: Text, *, hidden: int = 256, steps: int = 300) -> di
     return row
 
 
-@torch.no_grad()
-def timed(name: str, hidden: int, batch: int, bidirectional: bool, rounds: int) -> dict[str, Any]:
-    """Latency of one layer, checked first."""
+def layer_call(
+    name: str, hidden: int, batch: int, bidirectional: bool, which: str, threads: int
+) -> Callable[[], torch.Tensor]:
+    """What a process times: a layer on some steps, and its output."""
+    torch.set_num_threads(threads)
     kind, int8 = KINDS[name]
     torch.manual_seed(0)
-    layer = kind(hidden, hidden, bidirectional=bidirectional).eval()
-    ours = int8.from_float(layer)
-    peer = quantize_dynamic(nn.ModuleList([layer]))[0]
-    heavy = hidden * batch >= 8192
-    x = torch.randn(SHORT if heavy else SEQUENCE, batch, hidden)
-    sqnr = sqnr_db(layer(x)[0], ours(x)[0])
+    layer: nn.Module = kind(hidden, hidden, bidirectional=bidirectional).eval()
+    if which == "octavo":
+        layer = int8.from_float(layer)
+    elif which == "quantize_dynamic":
+        layer = quantize_dynamic(nn.ModuleList([layer]))[0]
+    steps = SHORT if hidden * batch >= 8192 else SEQUENCE
+    x = torch.randn(steps, batch, hidden, generator=torch.Generator().manual_seed(1))
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return layer(x)[0]
+
+    return call
+
+
+def timed(
+    name: str, hidden: int, batch: int, bidirectional: bool, rounds: int, threads: int
+) -> dict[str, Any]:
+    """Latency of one layer, checked first."""
+    makers = {
+        which: functools.partial(layer_call, name, hidden, batch, bidirectional, which, threads)
+        for which in ("octavo", "quantize_dynamic", "float")
+    }
+    reference = makers["float"]()()
+    sqnr = sqnr_db(reference, makers["octavo"]()())
     if sqnr < LEAST_SQNR_DB:
         raise RuntimeError(f"{name}, hidden {hidden}, batch {batch}: {sqnr:.1f} dB; not timed")
-    calls = {
-        "octavo": lambda: ours(x),
-        "quantize_dynamic": lambda: peer(x),
-        "float": lambda: layer(x),
-    }
-    latency = interleaved_latency(calls, rounds=rounds, calls_per_round=1, warmup=1)
+    latency = isolated_latency(makers, rounds=rounds)
     row: dict[str, Any] = {
         "layer": name,
         "hidden": hidden,
         "batch": batch,
-        "sequence": len(x),
+        "sequence": len(reference),
         "directions": 1 + bidirectional,
         "sqnr_db": sqnr,
     }
@@ -125,7 +144,7 @@ def main() -> int:
     for name, hidden, both, batch in itertools.product(
         KINDS, options.hidden, (False, True), options.batch
     ):
-        row = timed(name, hidden, batch, both, options.rounds)
+        row = timed(name, hidden, batch, both, options.rounds, options.threads)
         rows.append(row)
         print(
             f"{name:<5} hidden {hidden:<5} batch {batch:<3} directions {row['directions']}: octavo "

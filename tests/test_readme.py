@@ -111,6 +111,12 @@ def test_the_allocators_share_is_told() -> None:
     assert f"{kept['latency_ms']['p50']:.1f} ms" in README
 
 
+def test_what_one_process_does_to_latencies_is_told() -> None:
+    shared = results("minilm")["results"]["latency_ms"]["eager, one process"]
+    times = [shared[name]["p50"] for name in ("Octavo Int8Dynamic", "torch quantize_dynamic")]
+    assert "{:.1f} and {:.1f} ms".format(*times) in " ".join(README.split())
+
+
 @pytest.mark.slow
 def test_the_example_runs_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, inductor
+from octavo.kernels.cases import SHORT, Call, Case, inductor
 from octavo.kernels.linear_attention.schema import linear_attention
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
@@ -32,7 +32,6 @@ SHAPES = (
     (1, 32768, 16, 128),
 )
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OTHER = float("inf")
 """Error of attention with softmax: it is another function, whose time alone is of interest."""
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import Call, Case, by_importance, inductor
-from octavo.kernels.linear_attention.cases import SHORT, TOLERANCES
+from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.linear_attention.cases import TOLERANCES
 from octavo.kernels.linear_attention.schema import State, linear_attention_step
 from octavo.kernels.linear_attention.traffic import least_bytes_of_step
 

@@ -120,7 +120,7 @@ def test_layers_have_the_integers_of_the_engine(
 def test_efficientnet_has_the_integers_of_the_engine(
     lite0: Lite0, lite0_table: CalibrationTable, demo_folder: Path
 ) -> None:
-    x = torch.from_numpy(lite0.evaluation[:6])
+    x = torch.from_numpy(lite0.evaluation[:16])
     recipe = Int8Static(smooth=None)
     made = octavo.quantize(lite0.module, recipe, lite0_table, example_inputs=x[:1], verbose=False)
     swapped = [layer for layer in made.octavo_summary.layers if layer.became]

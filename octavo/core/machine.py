@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["cpu_name", "gpu", "machine_facts", "package_version"]
+__all__ = ["cpu_flags", "cpu_name", "gpu", "machine_facts", "package_version"]
 
 PACKAGES = ("octavo", "torch", "triton", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
 
@@ -22,18 +22,29 @@ def package_version(name: str) -> str | None:
 
 
 @functools.cache
-def cpu_name() -> str:
-    """The processor's name, with the instruction sets that INT8 kernels look for."""
-    name, flags = platform.processor() or platform.machine(), set[str]()
-    info = Path("/proc/cpuinfo")
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first core."""
+    info, found = Path("/proc/cpuinfo"), dict[str, str]()
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            if key.strip() in ("flags", "Features"):
-                flags = set(value.split())
+            if not line.strip() and found:
                 break
+            key, _, value = line.partition(":")
+            found[key.strip()] = value.strip()
+    return found
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's instruction sets, as Linux names them; none on other systems."""
+    info = _cpu_info()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name, with the instruction sets that INT8 kernels look for."""
+    name = _cpu_info().get("model name") or platform.processor() or platform.machine()
+    flags = cpu_flags()
     known = {
         "avx512_vnni": "AVX-512 VNNI",
         "avx_vnni": "AVX VNNI",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from octavo.kernels.dispatch import asked_backend, is_plain_call, note
+from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.dynamic_quantize.reference import quantize_rows
-from octavo.kernels.int8_gemm import int_mm
+from octavo.kernels.int8_gemm import int_mm, native
 from octavo.layers.shared_codes import SharedCodes
 
 __all__ = ["applies", "dynamic_linear"]
@@ -33,7 +34,7 @@ def applies(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None)
         and x.device.type == "cpu"
         and asked_backend() == "auto"
         and not torch.is_autocast_enabled("cpu")
-        and not int_mm.why_not(x, weight)
+        and not (native.why_not(x, weight) and int_mm.why_not(x, weight))
     )
 
 
@@ -59,12 +60,22 @@ def dynamic_linear(
         float32 [..., N].
     """
     codes, scale = _codes(x) if shared is None else shared.codes(x, _codes)
-    sums = torch._int_mm(codes, weight.T)
-    y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
-    note("int8_gemm", "int_mm")
+    if native.why_not(x, weight):
+        sums = torch._int_mm(codes, weight.T)
+        y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
+        note("int8_gemm", "int_mm")
+    else:
+        y = torch.empty(len(codes), len(weight))
+        bias = None if bias is None else bias.float()
+        native.product(codes, weight, scale, weight_scale, bias, activation, y)
+        note("int8_gemm", "native")
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    note("dynamic_quantize", "reference")
-    return quantize_rows(x.detach().reshape(-1, x.shape[-1]))
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if native_quantize.LIBRARY.why_not():
+        note("dynamic_quantize", "reference")
+        return quantize_rows(rows)
+    note("dynamic_quantize", "native")
+    return native_quantize.quantize_rows(rows)

@@ -10,7 +10,7 @@ import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dynamic_quantize import reference
+from octavo.kernels.dynamic_quantize import native, reference
 from octavo.kernels.dynamic_quantize.prologue import ACTIVATIONS, LayerNorm, Prologue, RmsNorm
 from octavo.kernels.tracing import is_inlined
 
@@ -241,11 +241,13 @@ def _triton(name: str) -> Callable[..., Any]:
     return call
 
 
-def _bodies(name: str) -> tuple[Body, ...]:
+def _bodies(name: str, *others: Body) -> tuple[Body, ...]:
     return (
         Body("triton", lambda x, *_: why_not_triton(x), _triton(name)),
+        *others,
         Body("reference", lambda *_: "", getattr(reference, name), "last"),
     )
 
 
-_BODIES, _ADD_BODIES = _bodies("dynamic_quantize"), _bodies("add_dynamic_quantize")
+_NATIVE = Body("native", native.why_not, native.dynamic_quantize)
+_BODIES, _ADD_BODIES = _bodies("dynamic_quantize", _NATIVE), _bodies("add_dynamic_quantize")

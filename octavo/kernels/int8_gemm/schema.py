@@ -9,7 +9,7 @@ import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.int8_gemm import dequantize, int_mm, reference
+from octavo.kernels.int8_gemm import dequantize, int_mm, native, reference
 from octavo.kernels.int8_gemm.tiles import bucket
 from octavo.kernels.tracing import is_inlined
 
@@ -60,8 +60,8 @@ def int8_gemm(
             accumulators alone, which take no scales, bias, activation or residual.
         out_scale: float32 [], for int8 output.
         out_zero_point: code of 0.0 in int8 output.
-        backend: "auto", "triton", "int_mm" (torch._int_mm and the epilogue in torch),
-            "dequantize" (a float matrix product; sums beyond 2**24 are rounded) or "reference";
+        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI), "int_mm"
+            (torch._int_mm and the epilogue in torch), "dequantize" (a float matrix product; sums beyond 2**24 are rounded) or "reference";
             one that is named runs or is refused. On a GPU "auto" measures those that can run,
             once for each shape bucket, and keeps the fastest; see `octavo.kernels.explain`.
 
@@ -78,7 +78,11 @@ def int8_gemm(
     epilogue = _bind(*arguments)[-1]
     n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
     check_epilogue(epilogue, x_q, scales_x=[(), batch], n=n, result=(*batch, n))
-    if is_inlined(x_q, backend) and not int_mm.why_not(x_q, w_q):
+    if (
+        is_inlined(x_q, backend)
+        and native.why_not(x_q, w_q, epilogue)
+        and not int_mm.why_not(x_q, w_q)
+    ):
         y = int_mm.int8_gemm(x_q, w_q, epilogue)
         # Inductor would compute an error function anew for each reader, such as the passes of the
         # quantization that follows; a tensor seen by its strides it writes once
@@ -269,6 +273,7 @@ def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[obje
 
 _BODIES = (
     Body("triton", _why_not_triton, _triton),
+    Body("native", native.why_not, native.int8_gemm),
     Body("int_mm", int_mm.why_not, int_mm.int8_gemm),
     Body("reference", lambda *_: "", reference.int8_gemm, "last"),
     Body("dequantize", dequantize.why_not, dequantize.int8_gemm, "measured"),

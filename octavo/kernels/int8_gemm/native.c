@@ -1,0 +1,181 @@
+/* y = activation((x @ w.T) * scale_x * scale_w + bias) + residual, on a CPU with AVX-512 VNNI. */
+
+#include "native_tiles.h"
+
+#define BLOCK 192
+#define CACHED (640 << 10)
+
+enum activation { NONE, RELU, RELU6, GELU, GELU_TANH, SILU, HARDSWISH };
+enum output { FLOAT32, BFLOAT16, FLOAT16, CODES, SUMS };
+
+typedef struct {
+    const float *scale_x;
+    ptrdiff_t scale_x_step;
+    const float *scale_w;
+    ptrdiff_t scale_w_step;
+    const float *bias;
+    const int32_t *integer_bias;
+    int activation;
+    const float *residual;
+    int output;
+    float out_scale;
+    int out_zero_point;
+    void *out;
+} Epilogue;
+
+typedef struct {
+    const int8_t *x;
+    const uint8_t *w;
+    ptrdiff_t m, n, k;
+    Epilogue epilogue;
+} Product;
+
+INLINE floats activate(floats y, int activation) {
+    switch (activation) {
+        case RELU: return _mm512_max_ps(_mm512_setzero_ps(), y);
+        case RELU6: return clamp(y, 0.0f, 6.0f);
+        case GELU: return gelu(y);
+        case GELU_TANH: return gelu_tanh(y);
+        case SILU: return silu(y);
+        case HARDSWISH: return hardswish(y);
+        default: return y;
+    }
+}
+
+/* float32 to bfloat16, to nearest even; NaN stays one. */
+INLINE __m256i to_bfloat16(floats y) {
+    const ints bits = _mm512_castps_si512(y);
+    const ints odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), all_ints(1));
+    ints rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, all_ints(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, all_ints(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+/* saturate(round_half_even(y / scale) + zero_point); NaN gives -128. */
+INLINE __m128i to_codes(floats y, float scale, int zero_point) {
+    const floats ratio = _mm512_roundscale_ps(_mm512_div_ps(y, all(scale)), 0);
+    const floats code = _mm512_add_ps(ratio, all((float)zero_point));
+    return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(clamp(code, -128.0f, 127.0f)));
+}
+
+/* What all rows of 16 output channels, or of as many as there are, have in common. */
+typedef struct {
+    __mmask16 mask;
+    floats scale_w, bias;
+    ints integer_bias;
+} Columns;
+
+INLINE Columns columns_at(ptrdiff_t column, ptrdiff_t n, const Epilogue *e) {
+    Columns c = {first(n - column), all(1.0f), all(0.0f), _mm512_setzero_si512()};
+    if (e->scale_w)
+        c.scale_w = e->scale_w_step ? _mm512_maskz_loadu_ps(c.mask, e->scale_w + column)
+                                    : all(*e->scale_w);
+    if (e->bias) c.bias = _mm512_maskz_loadu_ps(c.mask, e->bias + column);
+    if (e->integer_bias)
+        c.integer_bias = _mm512_maskz_loadu_epi32(c.mask, e->integer_bias + column);
+    return c;
+}
+
+INLINE void write(floats y, __mmask16 mask, ptrdiff_t at, const Epilogue *e) {
+    switch (e->output) {
+        case BFLOAT16:
+            _mm256_mask_storeu_epi16((uint16_t *)e->out + at, mask, to_bfloat16(y));
+            break;
+        case FLOAT16:
+            _mm256_mask_storeu_epi16((uint16_t *)e->out + at, mask, _mm512_cvtps_ph(y, 0));
+            break;
+        case CODES:
+            _mm_mask_storeu_epi8((int8_t *)e->out + at, mask,
+                                 to_codes(y, e->out_scale, e->out_zero_point));
+            break;
+        default: _mm512_mask_storeu_ps((float *)e->out + at, mask, y);
+    }
+}
+
+/* The epilogue of a tile. `activation` and `plain`, which is float32 without a residual, are
+constants where it is called, so that no branch stands in the loop. */
+INLINE void finish(int32_t sums[TILE][PANEL], const int32_t *excesses, int rows, ptrdiff_t row,
+                   ptrdiff_t column, ptrdiff_t n, const Epilogue *epilogue, const int activation,
+                   const int plain) {
+    const Epilogue e = *epilogue;
+    for (int half = 0; half < PANEL && column + half < n; half += LANES) {
+        const Columns c = columns_at(column + half, n, &e);
+        for (int i = 0; i < rows; i++) {
+            const ptrdiff_t at = (row + i) * n + column + half;
+            ints sum = _mm512_loadu_si512(sums[i] + half);
+            sum = _mm512_sub_epi32(sum, all_ints(excesses[i]));
+            if (!plain && e.output == SUMS) {
+                _mm512_mask_storeu_epi32((int32_t *)e.out + at, c.mask, sum);
+                continue;
+            }
+            sum = _mm512_add_epi32(sum, c.integer_bias);
+            floats y = _mm512_cvtepi32_ps(sum);
+            y = _mm512_mul_ps(y, all(e.scale_x[(row + i) * e.scale_x_step]));
+            y = activate(_mm512_fmadd_ps(y, c.scale_w, c.bias), activation);
+            if (plain) {
+                _mm512_mask_storeu_ps((float *)e.out + at, c.mask, y);
+                continue;
+            }
+            if (e.residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(c.mask, e.residual + at));
+            write(y, c.mask, at, &e);
+        }
+    }
+}
+
+/* One block of rows by some panels: as many at a time as the second cache holds, and each tile of
+rows by all of these, so that results are written along their rows. */
+static void block(const Product *p, ptrdiff_t row, ptrdiff_t end, ptrdiff_t panel,
+                  ptrdiff_t last_panel) {
+    const Epilogue *e = &p->epilogue;
+    const int plain = e->output == FLOAT32 && !e->residual;
+    const ptrdiff_t panel_bytes = panel_size(p->k);
+    const ptrdiff_t cached = panel_bytes < CACHED ? CACHED / panel_bytes : 1;
+    int32_t excesses[BLOCK], sums[TILE][PANEL];
+    for (ptrdiff_t i = row; i < end; i++) excesses[i - row] = excess(p->x + i * p->k, p->k);
+    for (; panel < last_panel; panel += cached) {
+        const ptrdiff_t stop = panel + cached < last_panel ? panel + cached : last_panel;
+        for (ptrdiff_t i = row, rows; i < end; i += rows) {
+            const int32_t *own = excesses + (i - row);
+            for (ptrdiff_t j = panel; j < stop; j++) {
+                rows = tile(p->x + i * p->k, p->w + j * panel_bytes, p->k, end - i, sums);
+#define FINISH(name)                                                                              \
+    case name:                                                                                    \
+        if (plain) finish(sums, own, rows, i, j *PANEL, p->n, e, name, 1);                        \
+        else finish(sums, own, rows, i, j *PANEL, p->n, e, name, 0);                              \
+        break;
+                switch (e->activation) {
+                    FINISH(NONE)
+                    FINISH(RELU)
+                    FINISH(RELU6)
+                    FINISH(GELU)
+                    FINISH(GELU_TANH)
+                    FINISH(SILU)
+                    FINISH(HARDSWISH)
+                }
+            }
+        }
+    }
+}
+
+/* The arguments are those of `Product` and `Epilogue`; pointers may be NULL for what is left out.
+Work is shared by blocks of rows and, where these are few, by groups of panels. */
+void octavo_int8_gemm(const int8_t *x, const uint8_t *w, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
+                      const float *scale_x, ptrdiff_t scale_x_step, const float *scale_w,
+                      ptrdiff_t scale_w_step, const float *bias, const int32_t *integer_bias,
+                      int activation, const float *residual, int output, float out_scale,
+                      int out_zero_point, void *out, int threads) {
+    const Product p = {x, w, m, n, k,
+                       {scale_x, scale_x_step, scale_w, scale_w_step, bias, integer_bias,
+                        activation, residual, output, out_scale, out_zero_point, out}};
+    const ptrdiff_t size = n * k > CACHED ? BLOCK : BLOCK / 4;
+    const ptrdiff_t blocks = (m + size - 1) / size, panels = (n + PANEL - 1) / PANEL;
+    ptrdiff_t groups = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
+    if (groups > panels) groups = panels;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (ptrdiff_t b = 0; b < blocks; b++)
+        for (ptrdiff_t g = 0; g < groups; g++) {
+            const ptrdiff_t row = b * size, end = row + size < m ? row + size : m;
+            block(&p, row, end, g * panels / groups, (g + 1) * panels / groups);
+        }
+}

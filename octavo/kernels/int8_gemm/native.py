@@ -1,0 +1,169 @@
+"""INT8 products in C, for CPUs with AVX-512 VNNI: sums never leave the registers as integers.
+
+Integers are exact. Floats have the bits of the "int_mm" body, where the last product and the bias
+are rounded once together; GELU and SiLU differ from torch's in their last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+
+__all__ = ["int8_gemm", "product", "why_not"]
+
+PANEL, GROUP, SHIFT = 32, 4, 128
+"""Output channels, and codes of a row, that lie together; what makes weights unsigned."""
+STEP = PANEL * 48
+"""Products in a step of a tile's loop."""
+ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu-tanh", "silu", "hardswish")
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32)
+"""Both in the order of native.c."""
+LIBRARY = Library(
+    Path(__file__).with_name("native.c"),
+    {
+        "octavo_int8_gemm": [
+            *(POINTER, POINTER, SIZE, SIZE, SIZE),
+            *(POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
+            *(INT, POINTER, INT, FLOAT, INT, POINTER, INT),
+        ]
+    },
+)
+_packed: MutableMapping[torch.Tensor, tuple[int, int, torch.Tensor]] = WeakTensorKeyDictionary()
+"""Weights' codes -> their version, where they lie, and their panels."""
+
+
+def why_not(x: torch.Tensor, w: torch.Tensor, *e: Epilogue) -> str:
+    """Why the C cannot multiply these, or nothing."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device.type}"
+    if not x.numel() or not w.numel():
+        return "there is nothing to multiply"
+    if e and e[0].residual_scale is not None:
+        return "it adds no residual of codes"
+    return _why_not_here()
+
+
+def _why_not_here() -> str:
+    return LIBRARY.why_not()
+
+
+# see int_mm: torch.compile takes the answer as it is while it traces
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """See `schema.int8_gemm`."""
+    e, n = epilogue, w.shape[0]
+    bias, integer = _floats(e.bias), None
+    if e.bias is not None and e.bias.dtype == torch.int32:
+        bias, integer = None, e.bias.contiguous()
+    out = torch.empty((*x.shape[:-1], n), dtype=e.out_dtype)
+    product(
+        x.contiguous(),
+        w,
+        _floats(e.scale_x),
+        _floats(e.scale_w),
+        bias,
+        e.activation,
+        out,
+        integer_bias=integer,
+        residual=_floats(e.residual),
+        out_scale=1.0 if e.out_scale is None else float(e.out_scale),
+        out_zero_point=e.out_zero_point,
+    )
+    return out
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def product(
+    codes: torch.Tensor,
+    w: torch.Tensor,
+    scale_x: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str,
+    out: torch.Tensor,
+    *,
+    integer_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: float = 1.0,
+    out_zero_point: int = 0,
+) -> None:
+    """Fills `out`, without checks; every tensor is contiguous and on the CPU.
+
+    Args:
+        codes: int8 [..., K].
+        w: int8 [N, K].
+        scale_x: float32 of one value or one a row.
+        scale_w: float32 of one value or [N].
+        bias: float32 [N].
+        activation: as in `schema.int8_gemm`.
+        out: [..., N] of a dtype in OUTPUTS.
+        integer_bias: int32 [N].
+        residual: float32 like `out`.
+        out_scale: of codes.
+        out_zero_point: of codes.
+    """
+    n, k = w.shape
+    rows = codes.numel() // k
+    LIBRARY.octavo_int8_gemm(
+        codes.data_ptr(),
+        panels(w).data_ptr(),
+        rows,
+        n,
+        k,
+        pointer(scale_x),
+        int(scale_x is not None and scale_x.numel() > 1),
+        pointer(scale_w),
+        int(scale_w is not None and scale_w.numel() > 1),
+        pointer(bias),
+        pointer(integer_bias),
+        ACTIVATIONS.index(activation),
+        pointer(residual),
+        OUTPUTS.index(out.dtype),
+        out_scale,
+        out_zero_point,
+        out.data_ptr(),
+        threads_for(rows * n * k // STEP),
+    )
+
+
+def panels(w: torch.Tensor) -> torch.Tensor:
+    """Weights in the order that the C reads, made again when they have changed.
+
+    Tensors of inference mode do not tell of changes, so nothing is remembered of them.
+
+    Args:
+        w: codes, int8 [N, K].
+
+    Returns:
+        codes plus 128, uint8 [ceil(N / 32), ceil(K / 4), 32, 4].
+    """
+    if w.is_inference():
+        return _panels(w)
+    known = _packed.get(w)
+    if known is not None and known[0] == w._version and known[1] == w.data_ptr():
+        return known[2]
+    version = w._version  # first: a change while this computes is then seen by the next call
+    made = _panels(w)
+    _packed[w] = version, w.data_ptr(), made
+    return made
+
+
+def _panels(w: torch.Tensor) -> torch.Tensor:
+    n, k = w.shape
+    blocks, groups = -(-n // PANEL), -(-k // GROUP)
+    with torch.inference_mode():
+        whole = torch.full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
+        torch.bitwise_xor(w.detach().view(torch.uint8), SHIFT, out=whole[:n, :k])
+        fours = whole.view(torch.int32).view(blocks, PANEL, groups)
+        return fours.transpose(1, 2).contiguous().view(torch.uint8)

@@ -1,0 +1,107 @@
+/* Exact sums of products of int8 codes, on a CPU with AVX-512 VNNI.
+
+vpdpbusd adds four products of an unsigned and a signed byte to each of 16 int32, exactly. So the
+weights are stored as codes plus 128, and 128 times the sum of a row of x is taken off again.
+
+Weights lie in panels of 32 output channels, [N / 32][ceil(K / 4)][32][4], filled up with 128. A
+tile of the result is up to 12 rows by a panel: 24 registers of sums, two of weights, and four codes
+of a row broadcast to every lane as the instruction reads them. */
+
+#ifndef OCTAVO_NATIVE_TILES_H
+#define OCTAVO_NATIVE_TILES_H
+
+#include "native.h"
+
+#include <string.h>
+
+#define PANEL 32
+#define TILE 12
+#define SHIFT 128
+
+/* Bytes of a panel. */
+INLINE ptrdiff_t panel_size(ptrdiff_t k) { return (k + 3) / 4 * 4 * PANEL; }
+
+/* Up to four codes of a row as one int32, filled up with 0. */
+INLINE int32_t group(const int8_t *codes, ptrdiff_t count) {
+    int32_t four = 0;
+    memcpy(&four, codes, (size_t)count);
+    return four;
+}
+
+/* Rows written out, so that every compiler keeps their sums in registers. */
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_4(DO) ROWS_2(DO) DO(2) DO(3)
+#define ROWS_6(DO) ROWS_4(DO) DO(4) DO(5)
+#define ROWS_12(DO) ROWS_6(DO) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+
+#define CLEAR(i) ints left_##i = _mm512_setzero_si512(), right_##i = left_##i;
+#define ADD(i)                                                                                    \
+    four = all_ints(group(x + i * k + at, 4));                                                    \
+    left_##i = _mm512_dpbusd_epi32(left_##i, w_left, four);                                       \
+    right_##i = _mm512_dpbusd_epi32(right_##i, w_right, four);
+#define STORE(i)                                                                                  \
+    _mm512_storeu_si512(sums[i], left_##i);                                                       \
+    _mm512_storeu_si512(sums[i] + LANES, right_##i);
+
+/* Sums of COUNT rows by a panel, over the groups of four codes that are whole. */
+#define TILE_OF(COUNT)                                                                            \
+    static __attribute__((noinline)) void tile_of_##COUNT(                                        \
+        const int8_t *x, const uint8_t *w, ptrdiff_t k, int32_t sums[TILE][PANEL]) {              \
+        ROWS_##COUNT(CLEAR)                                                                       \
+        for (ptrdiff_t at = 0; at + 4 <= k; at += 4, w += 4 * PANEL) {                            \
+            const ints w_left = _mm512_loadu_si512(w), w_right = _mm512_loadu_si512(w + 64);      \
+            ints four;                                                                            \
+            ROWS_##COUNT(ADD)                                                                     \
+        }                                                                                         \
+        ROWS_##COUNT(STORE)                                                                       \
+    }
+
+TILE_OF(12)
+TILE_OF(6)
+TILE_OF(4)
+TILE_OF(2)
+TILE_OF(1)
+
+/* Adds the products of a last group that is not whole; `w` is the panel's beginning. */
+static void add_rest(const int8_t *x, const uint8_t *w, ptrdiff_t k, int rows,
+                     int32_t sums[TILE][PANEL]) {
+    const ptrdiff_t at = k / 4 * 4;
+    for (int i = 0; i < rows; i++) {
+        const ints four = all_ints(group(x + i * k + at, k - at));
+        for (int half = 0; half < PANEL; half += LANES) {
+            const ints codes = _mm512_loadu_si512(w + at * PANEL + half * 4);
+            const ints sum = _mm512_loadu_si512(sums[i] + half);
+            _mm512_storeu_si512(sums[i] + half, _mm512_dpbusd_epi32(sum, codes, four));
+        }
+    }
+}
+
+/* Sums of as many rows as one tile takes; returns how many. */
+static int tile(const int8_t *x, const uint8_t *w, ptrdiff_t k, ptrdiff_t rows,
+                int32_t sums[TILE][PANEL]) {
+    int taken = 1;
+    if (rows >= 12) tile_of_12(x, w, k, sums), taken = 12;
+    else if (rows >= 6) tile_of_6(x, w, k, sums), taken = 6;
+    else if (rows >= 4) tile_of_4(x, w, k, sums), taken = 4;
+    else if (rows >= 2) tile_of_2(x, w, k, sums), taken = 2;
+    else tile_of_1(x, w, k, sums);
+    if (k % 4) add_rest(x, w, k, taken, sums);
+    return taken;
+}
+
+/* 128 times the sum of a row. */
+static int32_t excess(const int8_t *row, ptrdiff_t k) {
+    ints sum = _mm512_setzero_si512();
+    const ints ones = _mm512_set1_epi8(1);
+    ptrdiff_t at = 0;
+    for (; at + 64 <= k; at += 64)
+        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(row + at));
+    if (at < k) {
+        const __mmask64 rest = (1ull << (k - at)) - 1;
+        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(rest, row + at));
+    }
+    return (int32_t)((uint32_t)_mm512_reduce_add_epi32(sum) * SHIFT);
+}
+
+#endif

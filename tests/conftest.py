@@ -19,10 +19,17 @@ from torch import nn
 
 from octavo.calibration import CalibrationTable
 from octavo.export import TorchExport, export_torch, load_onnx, save_onnx
+from octavo.kernels import native
 from octavo.pipelines import demo_data
 from octavo.pipelines.demo import run_demo
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that the C of our operators does not know."""
+    monkeypatch.setattr(native.Library, "why_not", lambda _: "a test")
 
 
 @dataclass(frozen=True)

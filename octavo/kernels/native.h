@@ -22,7 +22,8 @@ INLINE ints all_ints(int32_t value) { return _mm512_set1_epi32(value); }
 
 /* A mask of the first `count` lanes, of all 16 if there are more. */
 INLINE __mmask16 first(ptrdiff_t count) {
-    return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1);
+    if (count >= LANES) return 0xffff;
+    return count > 0 ? (__mmask16)((1u << count) - 1) : 0;
 }
 
 INLINE floats clamp(floats x, float low, float high) {

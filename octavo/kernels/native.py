@@ -1,9 +1,9 @@
 """C for CPUs, compiled once on the machine where it runs and kept in the user's cache.
 
-An operator's C stands beside its other bodies (`native.c`). It takes pointers and sizes, and knows
-nothing of torch; what operators share stands in the headers beside this file. One file of a few hundred lines compiles in about a second, with whatever C
-compiler there is, for every version of torch and Python. Threads are those of torch: the OpenMP
-that torch has loaded serves both.
+An operator's C stands beside its other bodies (`native.c`), and what operators share in the headers
+beside this file. It takes pointers and sizes, and knows nothing of torch: one file compiles in
+about a second, with whatever C compiler there is, for every version of torch and Python. Threads
+are those of torch: the OpenMP that torch has loaded serves both.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ def _compiler() -> str | None:
 
 def _compiled(source: Path) -> Path:
     """The shared library of a C file, from the cache where this source was compiled before."""
-    compiler = _compiler()
-    assert compiler is not None  # `why_not_here` has asked
+    compiler = str(_compiler())  # `why_not_here` has seen that there is one
     digest = hashlib.sha256()
     parts = [path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h")))]
     for part in (*parts, " ".join(FLAGS).encode()):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError
+from octavo.layers import attention_native
 
 __all__ = ["MultiheadAttention", "RowsLinear", "why_not_taken_apart"]
 
@@ -93,8 +94,10 @@ class MultiheadAttention(nn.Module):
             out, weights = _attend(q, k, v, mask, dropout)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
-        else:
+        elif dropout or attention_native.why_not(q, k, v, mask):
             out = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+        else:
+            out = attention_native.attention(q, k, v, mask)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
             return out.squeeze(0), weights

@@ -27,6 +27,11 @@ class Edits:
         self._back.append(partial(setattr, owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute that was not there."""
+        self._back.append(partial(delattr, owner, name))
+        setattr(owner, name, value)
+
     def hook(self, handle: RemovableHandle) -> None:
         """Takes note of a hook that was put on a module."""
         self._back.append(handle.remove)

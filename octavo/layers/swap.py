@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from octavo.core.errors import OctavoError
+from octavo.layers import attention_transformers
 from octavo.layers.gptq import gptq
 from octavo.layers.inputs import LayerInputs
 from octavo.layers.linear import Int8Linear
+from octavo.layers.module import QuantizedModule
 from octavo.layers.plan import Choice
 from octavo.layers.recipes import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
@@ -30,13 +32,12 @@ __all__ = [
     "quantized_layer",
 ]
 
-PROJECTIONS = (
+ATTENDING = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
-    ("gate_proj", "up_proj"),
 )
-"""Layers over one tensor, as the modules of transformers call them."""
+"""An attention's layers over one tensor, as the modules of transformers call them."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,17 @@ def finish(model: nn.Module, edits: Edits) -> None:
     """What modules around quantized layers need to know, once these are in their places."""
     for module in model.modules():
         keep_off_fused_kernels(module, edits)
-        _share_codes(module, edits)
+        if type(module).__module__.startswith("transformers.models."):
+            _share_codes(module, edits)
+            _attend(module, edits)
+
+
+def _attend(module: nn.Module, edits: Edits) -> None:
+    """A module with quantized queries attends with our function, where that can."""
+    if any(isinstance(module._modules.get(names[0]), QuantizedModule) for names in ATTENDING):
+        attention_transformers.wrap_sdpa()
+        if not getattr(module, attention_transformers.MARK, False):
+            edits.add(module, attention_transformers.MARK, True)
 
 
 def _share_codes(module: nn.Module, edits: Edits) -> None:
@@ -164,9 +175,7 @@ def _share_codes(module: nn.Module, edits: Edits) -> None:
 
     Only those of transformers are known not to write into that tensor between two projections.
     """
-    if not type(module).__module__.startswith("transformers.models."):
-        return
-    for names in PROJECTIONS:
+    for names in (*ATTENDING, ("gate_proj", "up_proj")):
         layers = [module._modules.get(name) for name in names]
         dynamic = [
             layer

@@ -486,12 +486,13 @@ def test_export_keeps_it_whole() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("without_native")
 def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     dynamic_quantize(torch.ones(1, 4))
     assert str(explain("dynamic_quantize")) == (
         "dynamic_quantize: reference (triton not: the tensors are on the CPU, where Triton has no "
-        "compiler)"
+        "compiler; native not: a test)"
     )
     with pytest.raises(UnsupportedError, match="backend 'triton' of dynamic_quantize cannot run"):
         dynamic_quantize(torch.ones(1, 4), backend="triton")
@@ -512,7 +513,7 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"smooth": torch.ones(3)}, r"smooth is torch.float32 \[3\]; x of shape \[2, 4\] needs"),
         ({"smooth": torch.ones(4).int()}, r"smooth is torch.int32 \[4\]"),
         ({"smooth": torch.ones(4, device="meta")}, "smooth is on meta and x on cpu; move one"),
-        ({"backend": "cuda"}, "has no backend 'cuda'; choose from auto, triton, reference"),
+        ({"backend": "cuda"}, "has no backend 'cuda'; choose from auto, triton, native, reference"),
         ({"activation": "relu"}, "activation 'relu' is unknown; use one of none, gelu, gelu-tanh"),
         (
             {"x": torch.ones(2, 5), "activation": "silu-mul"},

@@ -10,13 +10,15 @@ import torch
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_gemm
 from octavo.kernels.int8_gemm import int_mm
+from octavo.kernels.int8_gemm import native as native_body
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm.tiles import config
 
 triton_body = pytest.importorskip("octavo.kernels.int8_gemm.triton")
 
 SHAPES = [(1, 5, 7), (17, 40, 33), (64, 64, 256), (130, 96, 129), (3, 200, 1000), (33, 1, 1)]
-BACKENDS = ("triton", "int_mm")
+NO_C = native_body.LIBRARY.why_not()
+BACKENDS = ("triton", "int_mm", *(() if NO_C else ("native",)))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -160,6 +162,14 @@ def test_compile_and_export_keep_it_whole() -> None:
     assert torch.equal(program.module()(x, w), layer(x, w))
 
 
+@pytest.mark.skipif(bool(NO_C), reason=NO_C)
+def test_c_is_the_first_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    int8_gemm(codes(2, 8), codes(4, 8), out_dtype=torch.int32)
+    assert explain("int8_gemm").body == "native"
+
+
+@pytest.mark.usefixtures("without_native")
 def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     int8_gemm(codes(2, 8), codes(4, 8), out_dtype=torch.int32)
@@ -203,7 +213,10 @@ GOOD = {"x_q": codes(2, 8), "w_q": codes(4, 8), "scale_x": ONE, "scale_w": ONE}
         ({"bias": torch.ones(2)}, r"bias is torch.float32 \[2\]; it must be .* \[4\]"),
         ({"residual": torch.ones(4)}, r"residual is torch.float32 \[4\]; it must be .* \[2, 4\]"),
         ({"bias": torch.ones(4, device="meta")}, "bias is on meta and x_q on cpu; move one"),
-        ({"backend": "cublas"}, "no backend 'cublas'; choose from auto, triton, int_mm, reference"),
+        (
+            {"backend": "cublas"},
+            "no backend 'cublas'; choose from auto, triton, native, int_mm, reference",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:

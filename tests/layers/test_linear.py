@@ -11,6 +11,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from octavo.core.errors import InputError
+from octavo.kernels.int8_gemm.native import LIBRARY
 from octavo.layers import Int8Linear, WeightOnlyLinear
 from octavo.layers.module import QuantizedModule
 
@@ -206,6 +207,7 @@ def infinite() -> nn.Linear:
     return linear
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_computes_an_activation_once_for_all_its_readers() -> None:
     torch.manual_seed(0)
@@ -220,3 +222,18 @@ def test_inductor_computes_an_activation_once_for_all_its_readers() -> None:
     torch.testing.assert_close(two, both(x), rtol=2e-2, atol=2e-2)
     assert code.count(".erf()") == 1, code
     assert "octavo.int8_gemm" not in code
+
+
+@pytest.mark.skipif(bool(LIBRARY.why_not()), reason=LIBRARY.why_not())
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_calls_the_products_in_c() -> None:
+    torch.manual_seed(0)
+    both = nn.Sequential(
+        Int8Linear.from_float(nn.Linear(64, 48), activation="gelu"),
+        Int8Linear.from_float(nn.Linear(48, 32)),
+    )
+    x = torch.randn(9, 64)
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), x)
+    torch.testing.assert_close(found, both(x), rtol=1e-6, atol=1e-6)
+    assert code.count("torch.ops.octavo.int8_gemm.default(") == 2, code

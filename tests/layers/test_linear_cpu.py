@@ -11,8 +11,9 @@ from torch import nn
 
 from octavo.core.errors import InputError
 from octavo.kernels import dynamic_quantize, explain, int8_gemm
+from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.dynamic_quantize import reference
-from octavo.kernels.int8_gemm import int_mm
+from octavo.kernels.int8_gemm import int_mm, native
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
 from octavo.kernels.rounding import scale_of_peak, to_int8
 from octavo.layers import Int8Linear, linear_cpu
@@ -20,6 +21,18 @@ from octavo.layers import Int8Linear, linear_cpu
 exact = pytest.mark.skipif(
     not int_mm._exact_on_cpu(), reason="torch._int_mm is not exact on this processor"
 )
+NO_C = native.LIBRARY.why_not()
+
+
+@pytest.fixture(
+    autouse=True,
+    params=["int_mm", pytest.param("native", marks=pytest.mark.skipif(bool(NO_C), reason=NO_C))],
+)
+def body(request: pytest.FixtureRequest) -> str:
+    """Who multiplies."""
+    if request.param == "int_mm":
+        request.getfixturevalue("without_native")
+    return str(request.param)
 
 
 def layer(n: int = 33, k: int = 65, *, bias: bool = True, activation: str = "none") -> Int8Linear:
@@ -102,10 +115,10 @@ def test_compiled_it_is_the_same() -> None:
 
 
 @exact
-def test_who_ran_is_explained() -> None:
+def test_who_ran_is_explained(body: str) -> None:
     layer()(torch.randn(2, 65))
-    assert explain("dynamic_quantize").body == "reference"
-    assert explain("int8_gemm").body == "int_mm"
+    assert explain("dynamic_quantize").body == ("native" if body == "native" else "reference")
+    assert explain("int8_gemm").body == body
 
 
 def oracle(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,3 +185,19 @@ def test_the_epilogue_in_place_is_that_of_the_oracle(dtype: torch.dtype, per_tok
     wanted = int8_gemm(*arguments, **options, backend="reference")
     rtol = 1e-6 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(NO_C), reason=NO_C)
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 64, 100])
+def test_codes_in_c_have_the_bits_of_the_reference(k: int) -> None:
+    random = torch.Generator().manual_seed(k)
+    rows = torch.randn(41, k, generator=random) * torch.logspace(-44, 38, 41).unsqueeze(1)
+    for place, value in enumerate((0.0, -0.0, 1e-45, 3.4e38, torch.inf, -torch.inf, torch.nan)):
+        rows[place] = value
+        rows[place + 7, -1] = value
+    codes, scale = native_quantize.quantize_rows(rows)
+    wanted_codes, wanted_scale = oracle(rows)
+    assert torch.equal(codes, wanted_codes)
+    torch.testing.assert_close(scale, wanted_scale, rtol=0, atol=0, equal_nan=True)
+    strided, _ = native_quantize.quantize_rows(rows.T.contiguous().T)
+    assert torch.equal(strided, codes)

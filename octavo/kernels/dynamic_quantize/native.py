@@ -30,8 +30,8 @@ def why_not(x: torch.Tensor, prologue: Prologue, per_token: bool) -> str:
 
 def dynamic_quantize(
     x: torch.Tensor,
-    prologue: Prologue,
-    per_token: bool,  # noqa: ARG001 - see `why_not`
+    prologue: Prologue,  # noqa: ARG001 - see `why_not`
+    per_token: bool,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `schema.dynamic_quantize`."""
     codes, scale = quantize_rows(x.detach().reshape(-1, x.shape[-1]))

@@ -112,7 +112,8 @@ INLINE void finish(int32_t sums[TILE][PANEL], const int32_t *excesses, int rows,
             sum = _mm512_add_epi32(sum, c.integer_bias);
             floats y = _mm512_cvtepi32_ps(sum);
             y = _mm512_mul_ps(y, all(e.scale_x[(row + i) * e.scale_x_step]));
-            y = activate(_mm512_fmadd_ps(y, c.scale_w, c.bias), activation);
+            y = _mm512_add_ps(_mm512_mul_ps(y, c.scale_w), c.bias);
+            y = activate(y, activation);
             if (plain) {
                 _mm512_mask_storeu_ps((float *)e.out + at, c.mask, y);
                 continue;

@@ -1,7 +1,6 @@
 """INT8 products in C, for CPUs with AVX-512 VNNI: sums never leave the registers as integers.
 
-Integers are exact. Floats have the bits of the "int_mm" body, where the last product and the bias
-are rounded once together; GELU and SiLU differ from torch's in their last bits.
+Results have the bits of the reference, but for the last bits of GELU, SiLU and hardswish.
 """
 
 from __future__ import annotations
@@ -38,14 +37,12 @@ _packed: MutableMapping[torch.Tensor, tuple[int, int, torch.Tensor]] = WeakTenso
 """Weights' codes -> their version, where they lie, and their panels."""
 
 
-def why_not(x: torch.Tensor, w: torch.Tensor, *e: Epilogue) -> str:
+def why_not(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
     """Why the C cannot multiply these, or nothing."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device.type}"
     if not x.numel() or not w.numel():
         return "there is nothing to multiply"
-    if e and e[0].residual_scale is not None:
-        return "it adds no residual of codes"
     return _why_not_here()
 
 
@@ -73,7 +70,7 @@ def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Ten
         e.activation,
         out,
         integer_bias=integer,
-        residual=_floats(e.residual),
+        residual=_floats(None if e.residual is None else e.residual_values(e.residual)),
         out_scale=1.0 if e.out_scale is None else float(e.out_scale),
         out_zero_point=e.out_zero_point,
     )
@@ -115,9 +112,10 @@ def product(
     """
     n, k = w.shape
     rows = codes.numel() // k
+    weights = panels(w)  # held until the call is over
     LIBRARY.octavo_int8_gemm(
         codes.data_ptr(),
-        panels(w).data_ptr(),
+        weights.data_ptr(),
         rows,
         n,
         k,

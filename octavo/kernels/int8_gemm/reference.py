@@ -70,14 +70,14 @@ class Epilogue:
         """The rest, from float32 that is no longer needed."""
         y = IN_PLACE[self.activation](y)
         if self.residual is not None:
-            residual = self._residual(self.residual)
+            residual = self.residual_values(self.residual)
             # a gradient is computed from what an activation gave
             y = y + residual if y.requires_grad else y.add_(residual)
         if self.out_scale is None:
             return y.to(self.out_dtype)
         return to_int8(y, self.out_scale, self.out_zero_point)
 
-    def _residual(self, residual: torch.Tensor) -> torch.Tensor:
+    def residual_values(self, residual: torch.Tensor) -> torch.Tensor:
         """What is added: the residual, or what its codes stand for."""
         if self.residual_scale is None:
             return residual

@@ -61,9 +61,10 @@ def int8_gemm(
         out_scale: float32 [], for int8 output.
         out_zero_point: code of 0.0 in int8 output.
         backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI), "int_mm"
-            (torch._int_mm and the epilogue in torch), "dequantize" (a float matrix product; sums beyond 2**24 are rounded) or "reference";
-            one that is named runs or is refused. On a GPU "auto" measures those that can run,
-            once for each shape bucket, and keeps the fastest; see `octavo.kernels.explain`.
+            (torch._int_mm and the epilogue in torch), "dequantize" (a float matrix product; sums
+            beyond 2**24 are rounded) or "reference"; one that is named runs or is refused. On a
+            GPU "auto" measures those that can run, once for each shape bucket, and keeps the
+            fastest; see `octavo.kernels.explain`.
 
     Returns:
         [..., N] of `out_dtype`.

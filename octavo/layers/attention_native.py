@@ -1,0 +1,162 @@
+"""Softmax attention in float32 in C, for CPUs with AVX-512.
+
+Torch multiplies the small matrices of a head one by one with a library that is made for large
+ones; around INT8 layers that takes a quarter of an encoder's time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from octavo.kernels.dispatch import asked_backend, is_plain_call
+from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+
+__all__ = ["attention", "why_not"]
+
+FEWEST_QUERIES = 6
+"""Tiles are 12 queries high; with fewer than half of them torch is faster."""
+MOST_SIZE = 256
+LANES = 16
+LIBRARY = Library(
+    Path(__file__).with_suffix(".c"),
+    {"octavo_attention": [*[POINTER] * 7, *[SIZE] * 6, FLOAT, INT, INT]},
+)
+
+
+def why_not(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> str:
+    """Why `attention` cannot or should not take these, or nothing.
+
+    Args:
+        q: [B, H, T, D].
+        k: [B, G, S, D].
+        v: of the shape of k.
+        mask: as `attention` takes it.
+    """
+    given = (q, k, v) if mask is None else (q, k, v, mask)
+    if any(one.device.type != "cpu" for one in given):
+        return "not all tensors are on the CPU"
+    if any(one.dtype != torch.float32 for one in (q, k, v)):
+        return "it computes in float32"
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        return f"the mask is {mask.dtype}"
+    if q.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        return "queries, keys and values are of different sizes"
+    if not k.numel() or q.shape[1] % k.shape[1]:
+        return "there are no keys, or heads that cannot share them"
+    if q.shape[2] < FEWEST_QUERIES or q.shape[3] > MOST_SIZE:
+        return f"it takes {FEWEST_QUERIES} queries and more, of up to {MOST_SIZE} features"
+    if torch.is_grad_enabled() and any(one.requires_grad for one in given):
+        return "a gradient is wanted, which it has not"
+    if torch.compiler.is_exporting():
+        return "an exported program keeps torch's attention"
+    # torch.compile cannot look into a context, and says so only when it runs
+    asked = "auto" if torch.compiler.is_compiling() else asked_backend()
+    if asked != "auto" or torch.is_autocast_enabled("cpu"):
+        return "another backend or dtype is asked for"
+    return _why_not_here()
+
+
+def _why_not_here() -> str:
+    return LIBRARY.why_not()
+
+
+# torch.compile takes the answer as it is while it traces
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """softmax(q @ k.T * scale + mask) @ v, for what `why_not` says nothing about.
+
+    Args:
+        q: float32 [B, H, T, D].
+        k: float32 [B, G, S, D]; each of its heads serves H / G of q (arXiv 2305.13245).
+        v: float32 [B, G, S, D].
+        mask: bool, True where a key is attended to, or float32 that is added; it broadcasts to
+            [B, H, T, S].
+        scale: of the scores; None: 1 / sqrt(D).
+        causal: hides the keys behind a query; both begin at the same token.
+
+    Returns:
+        float32 [B, H, T, D], laid out as [B, T, H, D]; 0 for a query that sees no key.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    call = _run if is_plain_call(q, k, v, mask) else torch.ops.octavo.cpu_attention
+    result: torch.Tensor = call(q, k, v, mask, factor, causal)
+    return result
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2]
+    out = _room(q)
+    kept = added = None
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        mask = mask.expand(batch, heads, queries, keys)
+        kept, added = (mask, None) if mask.dtype == torch.bool else (None, mask)
+    strides = [s for x in (q, k, v, out, mask) if x is not None for s in x.stride()[:3]]
+    steps = (ctypes.c_ssize_t * 15)(*strides)
+    LIBRARY.octavo_attention(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        pointer(kept),
+        pointer(added),
+        out.data_ptr(),
+        ctypes.addressof(steps),
+        batch,
+        heads,
+        queries,
+        keys,
+        size,
+        heads // k.shape[1],
+        scale,
+        causal,
+        threads_for(batch * heads * queries * keys * size // LANES),
+    )
+    return out
+
+
+def _room(q: torch.Tensor) -> torch.Tensor:
+    batch, heads, queries, size = q.shape
+    return q.new_empty(batch, queries, heads, size).transpose(1, 2)
+
+
+torch.library.define(
+    "octavo::cpu_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor",
+)
+torch.library.impl("octavo::cpu_attention", "CPU")(_run)
+
+
+@torch.library.register_fake("octavo::cpu_attention")  # type: ignore[untyped-decorator]
+def _fake(
+    q: torch.Tensor,
+    k: torch.Tensor,  # noqa: ARG001
+    v: torch.Tensor,  # noqa: ARG001
+    mask: torch.Tensor | None,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    causal: bool,  # noqa: ARG001
+) -> torch.Tensor:
+    return _room(q)

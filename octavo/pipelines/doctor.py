@@ -9,6 +9,7 @@ from octavo.core.errors import OctavoError
 from octavo.core.machine import cpu_name, gpu, package_version
 from octavo.engines import BACKENDS, get_backend
 from octavo.export import kernel_form
+from octavo.kernels.int8_gemm.native import LIBRARY
 
 __all__ = ["Check", "examine"]
 
@@ -41,6 +42,7 @@ def examine() -> list[Check]:
     checks = [
         Check("processor", True, cpu_name()),
         _int8_kernels(),
+        Check("INT8 layers in C", not LIBRARY.why_not(), LIBRARY.why_not() or "compiled here"),
         Check(
             "NVIDIA GPU",
             device is not None,

@@ -23,7 +23,9 @@ def why_not(x: torch.Tensor, prologue: Prologue, per_token: bool) -> str:
     """Why the C cannot quantize this, or nothing."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device.type}"
-    if x.dtype != torch.float32 or not per_token or prologue != Prologue():
+    p = prologue
+    before = p.norm != "none" or p.activation != "none" or p.smooth is not None
+    if x.dtype != torch.float32 or not per_token or before:
         return "it takes float32, a scale a token, and nothing before it"
     return LIBRARY.why_not()
 

@@ -41,7 +41,8 @@ def dynamic_quantize(
             the last axis, times the second half.
         smooth: what SmoothQuant (arXiv 2211.10438) divides by; floating, [K].
         granularity: "per-token" (a scale for each vector along the last axis) or "per-tensor".
-        backend: "auto", "triton" or "reference"; one that is named runs or is refused.
+        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI) or "reference"; one that
+            is named runs or is refused.
 
     Returns:
         codes int8 [..., K] and scales float32, [...] per token and [] per tensor.
@@ -51,13 +52,12 @@ def dynamic_quantize(
         UnsupportedError: the backend asked for cannot run this.
     """
     prologue = _checked(x, norm, activation, smooth, granularity)
+    per_token = granularity == "per-token"
     if is_inlined(x, backend):
-        return reference.dynamic_quantize(x, prologue, granularity == "per-token")
+        return reference.dynamic_quantize(x, prologue, per_token)
     plain = is_plain_call(x, prologue.weight, prologue.bias, smooth)
     call = _run if plain else torch.ops.octavo.dynamic_quantize
-    result: tuple[torch.Tensor, torch.Tensor] = call(
-        x, *_flat(prologue), granularity == "per-token", backend
-    )
+    result: tuple[torch.Tensor, torch.Tensor] = call(x, *_flat(prologue), per_token, backend)
     return result
 
 

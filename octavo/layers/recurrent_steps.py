@@ -17,6 +17,7 @@ import torch
 from octavo.kernels import dynamic_quantize, int8_gemm
 from octavo.kernels.dispatch import is_plain_call
 from octavo.kernels.int8_gemm import int_mm
+from octavo.layers import recurrent_native
 from octavo.layers.recurrent_cells import Product, gru_span, loop, lstm_span
 from octavo.layers.recurrent_weights import QMAX, Derived, Weights, derived
 
@@ -116,6 +117,9 @@ def _lstm_operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs, (first, cell) = _unflat(arguments)
     shape = _state_shape(inputs)
+    if not recurrent_native.why_not(inputs):
+        last_cell = inputs.scale.new_zeros(shape) if cell is None else cell.contiguous().clone()
+        return (*recurrent_native.steps(inputs, first, last_cell), last_cell)
     states = _states(inputs, 0.0)
     hidden = inputs.scale.new_zeros(shape)
     double = inputs.scale.new_zeros(shape) if cell is None else cell * 2
@@ -146,6 +150,8 @@ def _lstm_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, (first,) = _unflat(arguments)
+    if not recurrent_native.why_not(inputs):
+        return recurrent_native.steps(inputs, first, None)
     states = _states(inputs, 0.5)
     last = inputs.scale.new_full(_state_shape(inputs), 0.5) if first is None else (first + 1) / 2
     with torch.inference_mode():

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from octavo.kernels.int8_gemm import native
 
 __all__ = ["Derived", "Weights", "derived", "packed_product", "packing_is_exact", "reordered"]
 
@@ -86,6 +89,13 @@ class Derived:
     recurrent_bias: torch.Tensor | None
     shift: torch.Tensor
     _packed: list[Any] = field(default_factory=list)
+    _panels: list[torch.Tensor] = field(default_factory=list)
+
+    def panels(self, weights: Weights) -> list[torch.Tensor]:
+        """Each gate's recurrent weights as the C of `int8_gemm` reads them, made once."""
+        if not self._panels:
+            self._panels = [gate_panels(codes) for codes in weights.recurrent]
+        return self._panels
 
     def packed(self, weights: Weights) -> list[Any]:
         """FBGEMM's form of the recurrent weights with their scales and biases, made once.
@@ -159,6 +169,13 @@ def _derive(weights: Weights) -> Derived:
         other.unsqueeze(1) if weights.is_gru else None,
         torch.full((), SHIFT + weights.low, device=factor.device),
     )
+
+
+def gate_panels(codes: torch.Tensor) -> torch.Tensor:
+    """Codes int8 [gates * H, H] in panels, each gate filled up to whole ones."""
+    n, size = codes.shape
+    gates = codes.view(n // size, size, size)
+    return native.panels(functional.pad(gates, (0, 0, 0, -size % native.PANEL)).flatten(0, 1))
 
 
 def reordered(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:

@@ -1,0 +1,149 @@
+/* Steps of an INT8 LSTM or GRU layer in one direction, on a CPU with AVX-512 VNNI.
+
+A step quantizes nothing on its own: what computes a hidden state writes its code too, and the next
+step multiplies codes. Gates lie one after the other, each in panels of 32 units, so that one pass
+over 32 units of some rows makes the sums of all their gates, which never leave the first cache.
+Threads share the units; a step waits for all units of the one before it.
+
+The third gate, the tanh, comes with everything that makes it doubled: tanh(x) is
+2 sigmoid(2 x) - 1. */
+
+#include "native_tiles.h"
+
+#define MOST_GATES 4
+#define ROUND 12582912.0f /* 1.5 * 2**23: added, it leaves a rounded integer in the lowest bits */
+#define QMAX 127.0f
+
+typedef struct {
+    const float *gates;      /* the input's part, [steps, rows, gates * size] */
+    ptrdiff_t start;         /* steps of the sequence before these */
+    ptrdiff_t steps, rows;   /* rows of the first of these steps, and of `gates` */
+    const int64_t *sizes;    /* rows of each of these steps, never more; NULL: all */
+    ptrdiff_t batch, size;   /* rows of a state, and its units */
+    const uint8_t *w;        /* panels of each gate's recurrent weights */
+    const float *scale;      /* of sums of products with codes of h / limit, [gates * size] */
+    const float *bias;       /* of the recurrent product of a GRU, as `scale`; NULL: an LSTM */
+    const float *limits;     /* what no |h| of a row exceeds, in an LSTM before the first step */
+    int8_t *codes;           /* [2, batch, size]: of h before the even and the odd steps */
+    float *hidden, *cell;    /* [batch, size], updated; `cell` of an LSTM only, c */
+    float *states;           /* hidden states of each step, `states_step` floats from each other */
+    ptrdiff_t states_step;
+} Span;
+
+/* Sixteen units of a row, or as many as there are. */
+typedef struct {
+    __mmask16 mask;
+    ptrdiff_t unit, row;
+    floats limit;
+    const float *gates;
+    ints excess;
+} Place;
+
+INLINE floats load(const Place *p, const float *from) {
+    return _mm512_maskz_loadu_ps(p->mask, from);
+}
+
+/* The recurrent product of a gate, and `term`. */
+INLINE floats recurrent(const Span *s, const Place *p, int gate, const int32_t *sums, floats term) {
+    const floats scale = _mm512_mul_ps(load(p, s->scale + gate * s->size + p->unit), p->limit);
+    const ints sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), p->excess);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, term);
+}
+
+INLINE floats input(const Span *s, const Place *p, int gate) {
+    return load(p, p->gates + gate * s->size + p->unit);
+}
+
+INLINE floats tanh_of_half(floats x) {
+    return _mm512_fmsub_ps(all(2.0f), sigmoid(x), all(1.0f));
+}
+
+INLINE floats lstm(const Span *s, const Place *p, int32_t sums[MOST_GATES][TILE][PANEL], int tile_row,
+                   int half) {
+    floats x[4];
+    for (int gate = 0; gate < 4; gate++)
+        x[gate] = recurrent(s, p, gate, sums[gate][tile_row] + half, input(s, p, gate));
+    float *cell = s->cell + p->row * s->size + p->unit;
+    floats c = _mm512_mul_ps(sigmoid(x[1]), load(p, cell));
+    c = _mm512_fmadd_ps(sigmoid(x[0]), tanh_of_half(x[2]), c);
+    _mm512_mask_storeu_ps(cell, p->mask, c);
+    return _mm512_mul_ps(sigmoid(x[3]), tanh_of_half(_mm512_add_ps(c, c)));
+}
+
+INLINE floats gru(const Span *s, const Place *p, int32_t sums[MOST_GATES][TILE][PANEL], int tile_row,
+                  int half) {
+    floats x[3];
+    for (int gate = 0; gate < 3; gate++)
+        x[gate] = recurrent(s, p, gate, sums[gate][tile_row] + half,
+                            load(p, s->bias + gate * s->size + p->unit));
+    const floats r = sigmoid(_mm512_add_ps(x[0], input(s, p, 0)));
+    const floats z = sigmoid(_mm512_add_ps(x[1], input(s, p, 1)));
+    const floats n = tanh_of_half(_mm512_fmadd_ps(r, x[2], input(s, p, 2)));
+    const floats h = load(p, s->hidden + p->row * s->size + p->unit);
+    return _mm512_fmadd_ps(z, _mm512_sub_ps(h, n), n);
+}
+
+/* Codes of h / limit, rounded half to even once. */
+INLINE __m128i codes_of(floats h, floats limit) {
+    const floats span = _mm512_div_ps(all(QMAX), limit);
+    const ints bits = _mm512_castps_si512(_mm512_fmadd_ps(h, span, all(ROUND)));
+    return _mm512_cvtepi32_epi8(bits);
+}
+
+/* New states of up to 32 units of some rows. */
+INLINE void update(const Span *s, ptrdiff_t step, ptrdiff_t row, int rows, ptrdiff_t unit,
+                   int32_t sums[MOST_GATES][TILE][PANEL], const int32_t *excesses,
+                   const int is_lstm) {
+    const ptrdiff_t now = s->start + step;
+    int8_t *codes = s->codes + ((now + 1) & 1) * s->batch * s->size;
+    for (int half = 0; half < PANEL && unit + half < s->size; half += LANES)
+        for (int i = 0; i < rows; i++) {
+            const int limited = s->limits && (!is_lstm || now == 0);
+            const floats limit = all(limited ? s->limits[row + i] : 1.0f);
+            const Place p = {first(s->size - unit - half), unit + half, row + i, limit,
+                             s->gates + (step * s->rows + row + i) * (3 + is_lstm) * s->size,
+                             all_ints(excesses[i])};
+            const floats h = is_lstm ? lstm(s, &p, sums, i, half) : gru(s, &p, sums, i, half);
+            const ptrdiff_t at = p.row * s->size + p.unit;
+            _mm512_mask_storeu_ps(s->hidden + at, p.mask, h);
+            _mm512_mask_storeu_ps(s->states + step * s->states_step + at, p.mask, h);
+            _mm_mask_storeu_epi8(codes + at, p.mask, codes_of(h, is_lstm ? all(1.0f) : limit));
+        }
+}
+
+/* One step of 32 units. */
+static void block(const Span *s, ptrdiff_t step, ptrdiff_t index, const int is_lstm) {
+    const ptrdiff_t blocks = (s->size + PANEL - 1) / PANEL, panel = panel_size(s->size);
+    const ptrdiff_t count = s->sizes ? s->sizes[step] : s->rows;
+    const int8_t *codes = s->codes + ((s->start + step) & 1) * s->batch * s->size;
+    int32_t sums[MOST_GATES][TILE][PANEL], excesses[TILE];
+    for (ptrdiff_t row = 0, rows; row < count; row += rows) {
+        for (int gate = 0; gate < 3 + is_lstm; gate++)
+            rows = tile(codes + row * s->size, s->w + (gate * blocks + index) * panel, s->size,
+                        count - row, sums[gate]);
+        for (int i = 0; i < rows; i++) excesses[i] = excess(codes + (row + i) * s->size, s->size);
+        if (is_lstm) update(s, step, row, rows, index * PANEL, sums, excesses, 1);
+        else update(s, step, row, rows, index * PANEL, sums, excesses, 0);
+    }
+}
+
+/* The arguments are those of `Span`. Every second step takes a thread's units in reverse, so that
+it begins with the weights that its cache still holds. */
+void octavo_recurrent_steps(const float *gates, ptrdiff_t start, ptrdiff_t steps, ptrdiff_t rows,
+                            const int64_t *sizes, ptrdiff_t batch, ptrdiff_t size,
+                            const uint8_t *w, const float *scale, const float *bias,
+                            const float *limits, int8_t *codes, float *hidden, float *cell,
+                            float *states, ptrdiff_t states_step, int threads) {
+    const Span s = {gates, start, steps, rows, sizes, batch, size, w, scale, bias,
+                    limits, codes, hidden, cell, states, states_step};
+    const ptrdiff_t blocks = (size + PANEL - 1) / PANEL;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (ptrdiff_t step = 0; step < steps; step++) {
+#pragma omp for schedule(static)
+        for (int part = 0; part < threads; part++) {
+            const ptrdiff_t low = part * blocks / threads, high = (part + 1) * blocks / threads;
+            for (ptrdiff_t i = 0; i < high - low; i++)
+                block(&s, step, step % 2 ? high - 1 - i : low + i, cell != NULL);
+        }
+    }
+}

@@ -114,10 +114,10 @@ def product(
         out_zero_point: of codes.
     """
     n, k = w.shape
-    rows = codes.numel() // k
+    rows, weights = codes.numel() // k, panels(w)  # a name keeps what is not remembered alive
     LIBRARY.octavo_int8_gemm(
         codes.data_ptr(),
-        panels(w).data_ptr(),
+        weights.data_ptr(),
         rows,
         n,
         k,

@@ -25,7 +25,8 @@ __all__ = ["steps", "why_not"]
 
 ROWS = 192
 """Rows whose input product is made at a time: as many as one block of it has."""
-CACHED = 1 << 17
+
+CACHED = 1 << 18
 """Sums of an input product that stay in a cache."""
 WORTH_A_THREAD = 1 << 17
 """Products of codes in a step, below which a further thread takes longer than it helps."""
@@ -78,7 +79,7 @@ def steps(
             limits = _first_codes(hidden[way], codes[0], cell is None)
         panels = own.panels(inputs.weights)[way]
         bias = None if own.recurrent_bias is None else own.recurrent_bias[way]
-        threads = max(1, min(torch.get_num_threads(), batch * weight.numel() // WORTH_A_THREAD))
+        threads = _threads(batch * weight.numel())
         for start, end, rows, gates in _chunks(inputs, own, way):
             LIBRARY.octavo_recurrent_steps(
                 gates.data_ptr(), start, end - start, rows,
@@ -102,13 +103,18 @@ def _first_codes(hidden: torch.Tensor, codes: torch.Tensor, is_gru: bool) -> tor
     return limit
 
 
+def _threads(products: int) -> int:
+    """How many threads so many products of codes are worth."""
+    return max(1, min(torch.get_num_threads(), products // WORTH_A_THREAD))
+
+
 def _chunks(
     inputs: Inputs, own: Derived, way: int
 ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
     """First step, step after the last, rows, and gates [steps, rows, N], overwritten later."""
     count, _, batch, k = inputs.codes.shape
     width = own.input_bias.shape[-1]
-    most = min(count, -(-max(ROWS, CACHED // width) // batch))
+    most = min(count, -(-CACHED // (width * batch)))
     buffer = torch.empty(most * batch, width)
     weight = inputs.weights.input[way]
     scale_w, bias = own.input_scale[way], own.input_bias[way]
@@ -117,5 +123,6 @@ def _chunks(
         rows = batch if inputs.sizes is None else int(inputs.sizes[start])
         codes = inputs.codes[start:end, way, :rows].contiguous()
         scale = inputs.scale[start:end, way, :rows].contiguous()
-        native.product(codes, weight, scale, scale_w, bias, "none", buffer)
+        threads = _threads(len(scale) * rows * weight.numel() >> 4)
+        native.product(codes, weight, scale, scale_w, bias, "none", buffer, threads=threads)
         yield start, end, rows, buffer

@@ -97,6 +97,7 @@ def product(
     residual: torch.Tensor | None = None,
     out_scale: float = 1.0,
     out_zero_point: int = 0,
+    threads: int | None = None,
 ) -> None:
     """Fills `out`, without checks; every tensor is contiguous and on the CPU.
 
@@ -112,6 +113,7 @@ def product(
         residual: float32 like `out`.
         out_scale: of codes.
         out_zero_point: of codes.
+        threads: that share the work; None: as many as it is worth.
     """
     n, k = w.shape
     rows, weights = codes.numel() // k, panels(w)  # a name keeps what is not remembered alive
@@ -133,7 +135,7 @@ def product(
         out_scale,
         out_zero_point,
         out.data_ptr(),
-        threads_for(rows * n * k // STEP),
+        threads or threads_for(rows * n * k // STEP),
     )
 
 

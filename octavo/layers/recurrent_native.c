@@ -10,25 +10,26 @@ The third gate, the tanh, comes with everything that makes it doubled: tanh(x) i
 
 #include "native_tiles.h"
 
-#define MOST_GATES 4
 #define ROUND 12582912.0f /* 1.5 * 2**23: added, it leaves a rounded integer in the lowest bits */
 #define QMAX 127.0f
 
 typedef struct {
-    const float *gates;      /* the input's part, [steps, rows, gates * size] */
-    ptrdiff_t start;         /* steps of the sequence before these */
-    ptrdiff_t steps, rows;   /* rows of the first of these steps, and of `gates` */
-    const int64_t *sizes;    /* rows of each of these steps, never more; NULL: all */
-    ptrdiff_t batch, size;   /* rows of a state, and its units */
-    const uint8_t *w;        /* panels of each gate's recurrent weights */
-    const float *scale;      /* of sums of products with codes of h / limit, [gates * size] */
-    const float *bias;       /* of the recurrent product of a GRU, as `scale`; NULL: an LSTM */
-    const float *limits;     /* what no |h| of a row exceeds, in an LSTM before the first step */
-    int8_t *codes;           /* [2, batch, size]: of h before the even and the odd steps */
-    float *hidden, *cell;    /* [batch, size], updated; `cell` of an LSTM only, c */
-    float *states;           /* hidden states of each step, `states_step` floats from each other */
-    ptrdiff_t states_step;
+    const float *gates;     /* the input's part, [steps, rows, gates * size] */
+    ptrdiff_t rows;         /* that the first of these steps has */
+    ptrdiff_t start;        /* the first of these steps, counted from the sequence's first */
+    const int64_t *sizes;   /* rows of each step of the sequence, never growing; NULL: all */
+    ptrdiff_t ways, batch, size; /* directions, and rows and units of a state */
+    const uint8_t *w;       /* panels of each gate's recurrent weights */
+    const float *scale;     /* of their products with codes of h / limit, [gates * size] */
+    const float *bias;      /* of the recurrent product of a GRU, as `scale`; NULL: an LSTM */
+    const float *limits;    /* what no |h| of a row exceeds; in an LSTM, before the first step */
+    int8_t *codes;          /* [2, batch, size]: of h before even steps, and before odd ones */
+    float *hidden, *cell;   /* [batch, size], updated; cell states of an LSTM only */
+    float *states;          /* hidden states, [steps of the sequence, ways, batch, size] */
 } Span;
+
+/* Products of codes, of each gate. */
+typedef int32_t Sums[4][TILE][PANEL];
 
 /* Sixteen units of a row, or as many as there are. */
 typedef struct {
@@ -58,11 +59,10 @@ INLINE floats tanh_of_half(floats x) {
     return _mm512_fmsub_ps(all(2.0f), sigmoid(x), all(1.0f));
 }
 
-INLINE floats lstm(const Span *s, const Place *p, int32_t sums[MOST_GATES][TILE][PANEL], int tile_row,
-                   int half) {
+INLINE floats lstm(const Span *s, const Place *p, Sums sums, int i, int half) {
     floats x[4];
     for (int gate = 0; gate < 4; gate++)
-        x[gate] = recurrent(s, p, gate, sums[gate][tile_row] + half, input(s, p, gate));
+        x[gate] = recurrent(s, p, gate, sums[gate][i] + half, input(s, p, gate));
     float *cell = s->cell + p->row * s->size + p->unit;
     floats c = _mm512_mul_ps(sigmoid(x[1]), load(p, cell));
     c = _mm512_fmadd_ps(sigmoid(x[0]), tanh_of_half(x[2]), c);
@@ -70,11 +70,10 @@ INLINE floats lstm(const Span *s, const Place *p, int32_t sums[MOST_GATES][TILE]
     return _mm512_mul_ps(sigmoid(x[3]), tanh_of_half(_mm512_add_ps(c, c)));
 }
 
-INLINE floats gru(const Span *s, const Place *p, int32_t sums[MOST_GATES][TILE][PANEL], int tile_row,
-                  int half) {
+INLINE floats gru(const Span *s, const Place *p, Sums sums, int i, int half) {
     floats x[3];
     for (int gate = 0; gate < 3; gate++)
-        x[gate] = recurrent(s, p, gate, sums[gate][tile_row] + half,
+        x[gate] = recurrent(s, p, gate, sums[gate][i] + half,
                             load(p, s->bias + gate * s->size + p->unit));
     const floats r = sigmoid(_mm512_add_ps(x[0], input(s, p, 0)));
     const floats z = sigmoid(_mm512_add_ps(x[1], input(s, p, 1)));
@@ -92,68 +91,77 @@ INLINE __m128i codes_of(floats h, floats limit) {
 
 /* New states of up to 32 units of some rows. */
 INLINE void update(const Span *s, ptrdiff_t step, ptrdiff_t row, int rows, ptrdiff_t unit,
-                   int32_t sums[MOST_GATES][TILE][PANEL], const int32_t *excesses,
-                   const int is_lstm) {
-    const ptrdiff_t now = s->start + step;
-    int8_t *codes = s->codes + ((now + 1) & 1) * s->batch * s->size;
+                   Sums sums, const int32_t *excesses, const int is_lstm) {
+    const ptrdiff_t gates = (3 + is_lstm) * s->size, state = s->batch * s->size;
+    const int limited = s->limits && (!is_lstm || step == 0);
+    const float *from = s->gates + ((step - s->start) * s->rows + row) * gates;
+    float *states = s->states + step * s->ways * state;
+    int8_t *codes = s->codes + (step + 1) % 2 * state;
     for (int half = 0; half < PANEL && unit + half < s->size; half += LANES)
         for (int i = 0; i < rows; i++) {
-            const int limited = s->limits && (!is_lstm || now == 0);
             const floats limit = all(limited ? s->limits[row + i] : 1.0f);
             const Place p = {first(s->size - unit - half), unit + half, row + i, limit,
-                             s->gates + (step * s->rows + row + i) * (3 + is_lstm) * s->size,
-                             all_ints(excesses[i])};
+                             from + i * gates, all_ints(excesses[i])};
             const floats h = is_lstm ? lstm(s, &p, sums, i, half) : gru(s, &p, sums, i, half);
             const ptrdiff_t at = p.row * s->size + p.unit;
             _mm512_mask_storeu_ps(s->hidden + at, p.mask, h);
-            _mm512_mask_storeu_ps(s->states + step * s->states_step + at, p.mask, h);
+            _mm512_mask_storeu_ps(states + at, p.mask, h);
             _mm_mask_storeu_epi8(codes + at, p.mask, codes_of(h, is_lstm ? all(1.0f) : limit));
         }
 }
 
-/* Asks for the input's part of 32 units of a row, which comes while products are made. */
-INLINE void prefetch(const Span *s, ptrdiff_t step, ptrdiff_t row, ptrdiff_t unit, int gates) {
-    const float *from = s->gates + (step * s->rows + row) * gates * s->size + unit;
-    for (int gate = 0; gate < gates; gate++)
+/* Asks for the input's part of 32 units of some rows, which comes while products are made. */
+INLINE void prefetch(const Span *s, ptrdiff_t step, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t unit,
+                     int gates) {
+    const float *from = s->gates + ((step - s->start) * s->rows + row) * gates * s->size + unit;
+    for (ptrdiff_t i = 0; i < rows * gates; i++)
         for (int line = 0; line < PANEL; line += LANES)
-            _mm_prefetch((const char *)(from + gate * s->size + line), _MM_HINT_T0);
+            _mm_prefetch((const char *)(from + i * s->size + line), _MM_HINT_T0);
 }
 
 /* One step of 32 units. */
-static void block(const Span *s, ptrdiff_t step, ptrdiff_t index, const int is_lstm) {
-    const ptrdiff_t blocks = (s->size + PANEL - 1) / PANEL, panel = panel_size(s->size);
+INLINE void block(const Span *s, ptrdiff_t step, ptrdiff_t index, const int is_lstm) {
+    const ptrdiff_t size = s->size, panels = (size + PANEL - 1) / PANEL;
     const ptrdiff_t count = s->sizes ? s->sizes[step] : s->rows;
-    const int8_t *codes = s->codes + ((s->start + step) & 1) * s->batch * s->size;
-    int32_t sums[MOST_GATES][TILE][PANEL], excesses[TILE];
+    const int8_t *codes = s->codes + step % 2 * s->batch * size;
+    Sums sums;
+    int32_t excesses[TILE];
     for (ptrdiff_t row = 0, rows; row < count; row += rows) {
-        for (int i = 0; i < TILE && row + i < count; i++)
-            prefetch(s, step, row + i, index * PANEL, 3 + is_lstm);
-        for (int gate = 0; gate < 3 + is_lstm; gate++)
-            rows = tile(codes + row * s->size, s->w + (gate * blocks + index) * panel, s->size,
-                        count - row, sums[gate]);
-        for (int i = 0; i < rows; i++) excesses[i] = excess(codes + (row + i) * s->size, s->size);
-        if (is_lstm) update(s, step, row, rows, index * PANEL, sums, excesses, 1);
-        else update(s, step, row, rows, index * PANEL, sums, excesses, 0);
+        const ptrdiff_t left = count - row;
+        prefetch(s, step, row, left < TILE ? left : TILE, index * PANEL, 3 + is_lstm);
+        for (int gate = 0; gate < 3 + is_lstm; gate++) {
+            const uint8_t *w = s->w + (gate * panels + index) * panel_size(size);
+            rows = tile(codes + row * size, w, size, left, sums[gate]);
+        }
+        for (int i = 0; i < rows; i++) excesses[i] = excess(codes + (row + i) * size, size);
+        update(s, step, row, rows, index * PANEL, sums, excesses, is_lstm);
     }
 }
 
-/* The arguments are those of `Span`. Every second step takes a thread's units in reverse, so that
-it begins with the weights that its cache still holds. */
-void octavo_recurrent_steps(const float *gates, ptrdiff_t start, ptrdiff_t steps, ptrdiff_t rows,
-                            const int64_t *sizes, ptrdiff_t batch, ptrdiff_t size,
-                            const uint8_t *w, const float *scale, const float *bias,
-                            const float *limits, int8_t *codes, float *hidden, float *cell,
-                            float *states, ptrdiff_t states_step, int threads) {
-    const Span s = {gates, start, steps, rows, sizes, batch, size, w, scale, bias,
-                    limits, codes, hidden, cell, states, states_step};
-    const ptrdiff_t blocks = (size + PANEL - 1) / PANEL;
+/* A thread's units from `low` to `high` in one step. Every second step takes them in reverse, so
+that it begins with the weights that the thread's cache still holds. */
+static void part(const Span *s, ptrdiff_t step, ptrdiff_t low, ptrdiff_t high) {
+    for (ptrdiff_t i = low; i < high; i++) {
+        const ptrdiff_t index = step % 2 ? low + high - 1 - i : i;
+        if (s->bias) block(s, step, index, 0);
+        else block(s, step, index, 1);
+    }
+}
+
+/* Runs the steps from `start` to `end` in one direction, `way`. The other arguments are those of
+`Span`, with `hidden` and `cell` [ways, batch, size]. */
+void octavo_recurrent_steps(const float *gates, ptrdiff_t rows, ptrdiff_t start, ptrdiff_t end,
+                            const int64_t *sizes, ptrdiff_t way, ptrdiff_t ways, ptrdiff_t batch,
+                            ptrdiff_t size, const uint8_t *w, const float *scale,
+                            const float *bias, const float *limits, int8_t *codes, float *hidden,
+                            float *cell, float *states, int threads) {
+    const ptrdiff_t own = way * batch * size, panels = (size + PANEL - 1) / PANEL;
+    const Span s = {gates, rows, start, sizes, ways, batch, size, w, scale, bias, limits, codes,
+                    hidden + own, cell ? cell + own : NULL, states + own};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (ptrdiff_t step = 0; step < steps; step++) {
+    for (ptrdiff_t step = start; step < end; step++) {
 #pragma omp for schedule(static)
-        for (int part = 0; part < threads; part++) {
-            const ptrdiff_t low = part * blocks / threads, high = (part + 1) * blocks / threads;
-            for (ptrdiff_t i = 0; i < high - low; i++)
-                block(&s, step, step % 2 ? high - 1 - i : low + i, cell != NULL);
-        }
+        for (int i = 0; i < threads; i++)
+            part(&s, step, i * panels / threads, (i + 1) * panels / threads);
     }
 }

@@ -16,27 +16,26 @@ from octavo.kernels.dispatch import asked_backend
 from octavo.kernels.dynamic_quantize.native import quantize_rows
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.native import INT, POINTER, SIZE, Library, pointer
-from octavo.layers.recurrent_weights import QMAX, Derived, Weights, derived
+from octavo.layers.recurrent_weights import QMAX, Way, derived
 
 if TYPE_CHECKING:
     from octavo.layers.recurrent_steps import Inputs
 
 __all__ = ["steps", "why_not"]
 
-ROWS = 192
-"""Rows whose input product is made at a time: as many as one block of it has."""
 
 CACHED = 1 << 18
-"""Sums of an input product that stay in a cache."""
+"""Sums of an input's product that are made at a time, and so stay in a cache."""
 WORTH_A_THREAD = 1 << 17
 """Products of codes in a step, below which a further thread takes longer than it helps."""
+PER_INPUT = 16
+"""How many of an input's products take as long as one of a step, with the waking of a thread."""
 LIBRARY = Library(
     Path(__file__).with_suffix(".c"),
     {
         "octavo_recurrent_steps": [
-            *(POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE),
-            *(POINTER, POINTER, POINTER, POINTER),
-            *(POINTER, POINTER, POINTER, POINTER, SIZE, INT),
+            *(POINTER, SIZE, SIZE, SIZE, POINTER, SIZE, SIZE, SIZE, SIZE),
+            *(POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT),
         ]
     },
 )
@@ -55,45 +54,40 @@ def why_not(inputs: Inputs) -> str:
 
 def steps(
     inputs: Inputs, first: torch.Tensor | None, cell: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a layer.
 
     Args:
         inputs: of the layer.
         first: hidden state before the first step, float32 [D, B, H]; None: zero.
-        cell: updated, float32 [D, B, H]; None: a GRU.
+        cell: cell state before the first step, float32 [D, B, H], contiguous, updated; None: the
+            layer is a GRU.
 
     Returns:
         hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last one,
         float32 [D, B, H].
     """
-    count, ways, batch, _ = inputs.codes.shape
+    (count, directions, batch, _), sizes = inputs.codes.shape, inputs.sizes
     size = inputs.weights.recurrent[0].shape[1]
-    own = derived(inputs.weights)
-    new = torch.empty if inputs.sizes is None else torch.zeros
-    states = new(count, ways, batch, size)
-    hidden = torch.zeros(ways, batch, size) if first is None else first.contiguous().clone()
-    for way, weight in enumerate(inputs.weights.recurrent):
-        limits, codes = None, torch.zeros(2, batch, size, dtype=torch.int8)
+    states = (torch.empty if sizes is None else torch.zeros)(count, directions, batch, size)
+    hidden = torch.zeros(directions, batch, size) if first is None else first.contiguous().clone()
+    for index, way in enumerate(derived(inputs.weights).ways(inputs.weights)):
+        codes, limits = torch.zeros(2, batch, size, dtype=torch.int8), None
         if first is not None:
-            limits = _first_codes(hidden[way], codes[0], cell is None)
-        panels = own.panels(inputs.weights)[way]
-        bias = None if own.recurrent_bias is None else own.recurrent_bias[way]
-        threads = _threads(batch * weight.numel())
-        for start, end, rows, gates in _chunks(inputs, own, way):
+            limits = _first_codes(first[index], codes[0], cell is None)
+        threads = _threads(batch * way.panels.numel())
+        for start, end, rows, gates in _chunks(inputs, index, way):
             LIBRARY.octavo_recurrent_steps(
-                gates.data_ptr(), start, end - start, rows,
-                pointer(None if inputs.sizes is None else inputs.sizes[start:]),
-                batch, size, panels.data_ptr(), own.recurrent_scale[way].data_ptr(),
-                pointer(bias), pointer(limits), codes.data_ptr(), hidden[way].data_ptr(),
-                pointer(None if cell is None else cell[way]), states[start, way].data_ptr(),
-                states.stride(0), threads,
-            )  # fmt: skip
+                *(gates.data_ptr(), rows, start, end, pointer(sizes)),
+                *(index, directions, batch, size),
+                *(way.panels.data_ptr(), way.scale.data_ptr(), pointer(way.bias), pointer(limits)),
+                *(codes.data_ptr(), hidden.data_ptr(), pointer(cell), states.data_ptr(), threads),
+            )
     return states, hidden
 
 
 def _first_codes(hidden: torch.Tensor, codes: torch.Tensor, is_gru: bool) -> torch.Tensor:
-    """Fills the codes [B, H] of a hidden state, and says what they were divided by, [B]."""
+    """Fills the codes [B, H] of a hidden state, and says what no |h| of a row exceeds, [B, 1]."""
     if not is_gru:
         quantized, scale = quantize_rows(hidden)
         codes.copy_(quantized)
@@ -108,21 +102,23 @@ def _threads(products: int) -> int:
     return max(1, min(torch.get_num_threads(), products // WORTH_A_THREAD))
 
 
-def _chunks(
-    inputs: Inputs, own: Derived, way: int
-) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+def _chunks(inputs: Inputs, index: int, way: Way) -> Iterator[tuple[int, int, int, torch.Tensor]]:
     """First step, step after the last, rows, and gates [steps, rows, N], overwritten later."""
-    count, _, batch, k = inputs.codes.shape
-    width = own.input_bias.shape[-1]
+    count, _, batch, _ = inputs.codes.shape
+    codes, scale = inputs.codes.select(1, index), inputs.scale.select(1, index)
+    width = len(way.input)
     most = min(count, -(-CACHED // (width * batch)))
-    buffer = torch.empty(most * batch, width)
-    weight = inputs.weights.input[way]
-    scale_w, bias = own.input_scale[way], own.input_bias[way]
+    gates = torch.empty(most * batch, width)
     for start in range(0, count, most):
-        end = min(start + most, count)
-        rows = batch if inputs.sizes is None else int(inputs.sizes[start])
-        codes = inputs.codes[start:end, way, :rows].contiguous()
-        scale = inputs.scale[start:end, way, :rows].contiguous()
-        threads = _threads(len(scale) * rows * weight.numel() >> 4)
-        native.product(codes, weight, scale, scale_w, bias, "none", buffer, threads=threads)
-        yield start, end, rows, buffer
+        end, rows = min(start + most, count), batch
+        if inputs.sizes is not None:
+            rows = int(inputs.sizes[start])
+        some, by = codes, scale
+        if end - start < count or rows < batch:
+            some, by = codes[start:end, :rows], scale[start:end, :rows]
+        some, by = some.contiguous(), by.contiguous()
+        threads = _threads(some.numel() * width // PER_INPUT)
+        native.product(
+            some, way.input, by, way.input_scale, way.input_bias, "none", gates, threads=threads
+        )
+        yield start, end, rows, gates

@@ -70,7 +70,7 @@ def lstm_steps(
         cell state, float32 [D, B, H].
     """
     if is_plain_call(inputs.codes, inputs.scale, hidden, cell):
-        return _lstm_operator(*inputs.flat(), hidden, cell)
+        return _lstm(inputs, hidden, cell)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_lstm_steps(
         *inputs.flat(), hidden, cell
     )
@@ -91,7 +91,7 @@ def gru_steps(inputs: Inputs, hidden: torch.Tensor | None) -> tuple[torch.Tensor
         float32 [D, B, H].
     """
     if is_plain_call(inputs.codes, inputs.scale, hidden):
-        return _gru_operator(*inputs.flat(), hidden)
+        return _gru(inputs, hidden)
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_gru_steps(
         *inputs.flat(), hidden
     )
@@ -112,10 +112,9 @@ torch.library.define(
 torch.library.define("octavo::int8_gru_steps", f"({_FIELDS}, Tensor? hidden) -> (Tensor, Tensor)")
 
 
-def _lstm_operator(
-    *arguments: Any,
+def _lstm(
+    inputs: Inputs, first: torch.Tensor | None, cell: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs, (first, cell) = _unflat(arguments)
     shape = _state_shape(inputs)
     if not recurrent_native.why_not(inputs):
         last_cell = inputs.scale.new_zeros(shape) if cell is None else cell.contiguous().clone()
@@ -137,7 +136,10 @@ def _lstm_operator(
     return states, hidden, double
 
 
-torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")(_lstm_operator)
+@torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")
+def _lstm_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs, states = _unflat(arguments)
+    return _lstm(inputs, *states)
 
 
 @torch.library.register_fake("octavo::int8_lstm_steps")  # type: ignore[untyped-decorator]
@@ -148,8 +150,7 @@ def _lstm_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return states, inputs.scale.new_empty(shape), inputs.scale.new_empty(shape)
 
 
-def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, (first,) = _unflat(arguments)
+def _gru(inputs: Inputs, first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if not recurrent_native.why_not(inputs):
         return recurrent_native.steps(inputs, first, None)
     states = _states(inputs, 0.5)
@@ -168,7 +169,10 @@ def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return states, last
 
 
-torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")(_gru_operator)
+@torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")
+def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, states = _unflat(arguments)
+    return _gru(inputs, *states)
 
 
 @torch.library.register_fake("octavo::int8_gru_steps")  # type: ignore[untyped-decorator]

@@ -325,10 +325,10 @@ def _quantized(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not plain or data.numel() == 0:
         return dynamic_quantize(data)
     rows = data.detach().reshape(-1, data.shape[-1])
-    if asked_backend() != "auto" or native.LIBRARY.why_not():
-        codes, scale = quantize_rows(rows)
-        note("dynamic_quantize", "reference")
-    else:
+    if asked_backend() in ("auto", "native") and not native.LIBRARY.why_not():
         codes, scale = native.quantize_rows(rows)
         note("dynamic_quantize", "native")
+    else:
+        codes, scale = quantize_rows(rows)
+        note("dynamic_quantize", "reference")
     return codes.view(data.shape), scale.view(data.shape[:-1])

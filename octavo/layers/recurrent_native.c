@@ -14,18 +14,19 @@ The third gate, the tanh, comes with everything that makes it doubled: tanh(x) i
 #define QMAX 127.0f
 
 typedef struct {
-    const float *gates;     /* the input's part, [steps, rows, gates * size] */
-    ptrdiff_t rows;         /* that the first of these steps has */
-    ptrdiff_t start;        /* the first of these steps, counted from the sequence's first */
-    const int64_t *sizes;   /* rows of each step of the sequence, never growing; NULL: all */
+    const float *gates;          /* the input's part, [steps, rows, gates * size] */
+    ptrdiff_t rows;              /* that the first of these steps has */
+    ptrdiff_t start;             /* the first of these steps, counted from the sequence's first */
+    const int64_t *sizes;        /* rows of each step of the sequence, never growing; NULL: all */
     ptrdiff_t ways, batch, size; /* directions, and rows and units of a state */
-    const uint8_t *w;       /* panels of each gate's recurrent weights */
-    const float *scale;     /* of their products with codes of h / limit, [gates * size] */
-    const float *bias;      /* of the recurrent product of a GRU, as `scale`; NULL: an LSTM */
-    const float *limits;    /* what no |h| of a row exceeds; in an LSTM, before the first step */
-    int8_t *codes;          /* [2, batch, size]: of h before even steps, and before odd ones */
-    float *hidden, *cell;   /* [batch, size], updated; cell states of an LSTM only */
-    float *states;          /* hidden states, [steps of the sequence, ways, batch, size] */
+    const uint8_t *w;            /* panels of each gate's recurrent weights */
+    const float *scale;          /* of their products with codes of h / limit, [gates * size] */
+    const float *bias;           /* of a GRU's recurrent product, as `scale`; NULL: an LSTM */
+    const float *limits;         /* what no |h| of a row exceeds: for an LSTM, of the first step;
+                                    NULL: 1 */
+    int8_t *codes;               /* [2, batch, size]: of h before even steps, and before odd ones */
+    float *hidden, *cell;        /* [batch, size], updated; cell states of an LSTM only */
+    float *states;               /* hidden states, [steps of the sequence, ways, batch, size] */
 } Span;
 
 /* Products of codes, of each gate. */
@@ -158,6 +159,7 @@ void octavo_recurrent_steps(const float *gates, ptrdiff_t rows, ptrdiff_t start,
     const ptrdiff_t own = way * batch * size, panels = (size + PANEL - 1) / PANEL;
     const Span s = {gates, rows, start, sizes, ways, batch, size, w, scale, bias, limits, codes,
                     hidden + own, cell ? cell + own : NULL, states + own};
+    if (threads > panels) threads = (int)panels;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (ptrdiff_t step = start; step < end; step++) {
 #pragma omp for schedule(static)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["steps", "why_not"]
 
-
 CACHED = 1 << 18
 """Sums of an input's product that are made at a time, and so stay in a cache."""
 WORTH_A_THREAD = 1 << 17
@@ -67,12 +66,15 @@ def steps(
         hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last one,
         float32 [D, B, H].
     """
-    (count, directions, batch, _), sizes = inputs.codes.shape, inputs.sizes
+    count, directions, batch, _ = inputs.codes.shape
     size = inputs.weights.recurrent[0].shape[1]
-    states = (torch.empty if sizes is None else torch.zeros)(count, directions, batch, size)
-    hidden = torch.zeros(directions, batch, size) if first is None else first.contiguous().clone()
-    for index, way in enumerate(derived(inputs.weights).ways(inputs.weights)):
-        codes, limits = torch.zeros(2, batch, size, dtype=torch.int8), None
+    sizes = None if inputs.sizes is None else inputs.sizes.contiguous()
+    new, zeros = inputs.scale.new_empty, inputs.scale.new_zeros
+    states = (new if sizes is None else zeros)(count, directions, batch, size)
+    hidden = zeros(directions, batch, size) if first is None else first.contiguous().clone()
+    own = derived(inputs.weights)
+    for index, way in enumerate(own.ways(inputs.weights)):
+        codes, limits = inputs.codes.new_zeros(2, batch, size), None
         if first is not None:
             limits = _first_codes(first[index], codes[0], cell is None)
         threads = _threads(batch * way.panels.numel())
@@ -108,7 +110,7 @@ def _chunks(inputs: Inputs, index: int, way: Way) -> Iterator[tuple[int, int, in
     codes, scale = inputs.codes.select(1, index), inputs.scale.select(1, index)
     width = len(way.input)
     most = min(count, -(-CACHED // (width * batch)))
-    gates = torch.empty(most * batch, width)
+    gates = scale.new_empty(most * batch, width)
     for start in range(0, count, most):
         end, rows = min(start + most, count), batch
         if inputs.sizes is not None:

@@ -2,7 +2,8 @@
 
 As operators they stay whole under torch.compile and torch.export, for any sequence length. The
 input's product is made for many steps at once, on a CPU for as many as its cache holds: memory
-that is used again costs far less there than memory that is new.
+that is used again costs far less there than memory that is new. `recurrent_native` runs the steps
+where C can; what follows here and in `recurrent_cells` runs them in torch elsewhere.
 """
 
 from __future__ import annotations

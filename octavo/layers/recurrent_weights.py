@@ -191,7 +191,7 @@ def _is_of(stamp: _Stamp, buffers: Sequence[torch.Tensor]) -> bool:
 
 def _derive(weights: Weights) -> Derived:
     n, size = weights.recurrent[0].shape
-    factor = torch.ones(n // size, size, device=weights.recurrent[0].device)
+    factor = weights.recurrent_scale[0].new_ones(n // size, size)
     factor[2] = 2
     factor = factor.flatten()
 
@@ -208,7 +208,7 @@ def _derive(weights: Weights) -> Derived:
         joined(weights.recurrent_scale).unsqueeze(1) / QMAX,
         # on its own, for the reset gate multiplies it
         other.unsqueeze(1) if weights.is_gru else None,
-        torch.full((), SHIFT + weights.low, device=factor.device),
+        factor.new_full((), SHIFT + weights.low),
     )
 
 

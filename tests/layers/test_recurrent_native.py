@@ -218,6 +218,21 @@ def test_what_is_given_stays_as_it_is(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_is_not_asked(kind: str, dtype: torch.dtype) -> None:
+    _, layer = pair(kind, 6, 8, bidirectional=True)
+    x, other = torch.randn(4, 3, 6), pair(kind, 6, 8, bidirectional=True)[1]
+    expected = flat(layer(x))
+    torch.set_default_dtype(dtype)
+    try:
+        found = flat(other(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(expected, found, strict=True):
+        assert torch.equal(one, two)
+
+
+@every_kind
 def test_the_reference_runs_no_c(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, layer = pair(kind, 6, 8)
     x = torch.randn(4, 3, 6)

@@ -63,7 +63,7 @@ def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Ten
     bias, integer = _floats(e.bias), None
     if e.bias is not None and e.bias.dtype == torch.int32:
         bias, integer = None, e.bias.contiguous()
-    out = torch.empty((*x.shape[:-1], n), dtype=e.out_dtype)
+    out = x.new_empty((*x.shape[:-1], n), dtype=e.out_dtype)
     product(
         x.contiguous(),
         w,
@@ -165,7 +165,7 @@ def _panels(w: torch.Tensor) -> torch.Tensor:
     n, k = w.shape
     blocks, groups = -(-n // PANEL), -(-k // GROUP)
     with torch.inference_mode():
-        whole = torch.full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
+        whole = w.new_full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
         torch.bitwise_xor(w.detach().view(torch.uint8), SHIFT, out=whole[:n, :k])
         fours = whole.view(torch.int32).view(blocks, PANEL, groups)
         return fours.transpose(1, 2).contiguous().view(torch.uint8)

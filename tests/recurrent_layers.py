@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from octavo.layers import Int8GRU, Int8LSTM, recurrent_cells
+from octavo.layers import Int8GRU, Int8LSTM, recurrent_cells, recurrent_native
 
 PAIRS = {"LSTM": (nn.LSTM, Int8LSTM), "GRU": (nn.GRU, Int8GRU)}
-WAYS = ("plain", "packed", "operator")
+TORCH_WAYS = ("plain", "packed", "operator")
+WAYS = ("native", *TORCH_WAYS)
 every_kind = pytest.mark.parametrize("kind", PAIRS)
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -24,7 +25,12 @@ def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.RNNBase, Int8LSTM |
 
 
 def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every recurrent product in this way."""
+    """Makes every recurrent product in this way: in C, or in one of torch's."""
+    if way == "native":
+        if reason := recurrent_native.LIBRARY.why_not():
+            pytest.skip(reason)
+        return
+    monkeypatch.setattr(recurrent_native, "why_not", lambda _: "another way was asked for")
     if way == "packed" and not recurrent_cells.packing_is_exact():
         pytest.skip("FBGEMM is missing, or not exact on this processor")
     monkeypatch.setattr(recurrent_cells, "choose_way", lambda *_: way)

@@ -41,7 +41,7 @@ FLAGS = (
 HEADERS = Path(__file__).parent
 PATIENCE = 120
 """Seconds that a compiler may take."""
-WORTH_A_THREAD = 1 << 15
+WORTH_A_THREAD = 1 << 12
 """Steps of a kernel's innermost loop below which a further thread takes longer than it helps."""
 
 

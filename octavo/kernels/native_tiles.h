@@ -33,7 +33,8 @@ INLINE int32_t group(const int8_t *codes, ptrdiff_t count) {
 #define ROWS_2(DO) ROWS_1(DO) DO(1)
 #define ROWS_4(DO) ROWS_2(DO) DO(2) DO(3)
 #define ROWS_6(DO) ROWS_4(DO) DO(4) DO(5)
-#define ROWS_12(DO) ROWS_6(DO) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define ROWS_8(DO) ROWS_6(DO) DO(6) DO(7)
+#define ROWS_12(DO) ROWS_8(DO) DO(8) DO(9) DO(10) DO(11)
 
 #define CLEAR(i) ints left_##i = _mm512_setzero_si512(), right_##i = left_##i;
 #define ADD(i)                                                                                    \
@@ -58,6 +59,7 @@ INLINE int32_t group(const int8_t *codes, ptrdiff_t count) {
     }
 
 TILE_OF(12)
+TILE_OF(8)
 TILE_OF(6)
 TILE_OF(4)
 TILE_OF(2)
@@ -82,6 +84,7 @@ static int tile(const int8_t *x, const uint8_t *w, ptrdiff_t k, ptrdiff_t rows,
                 int32_t sums[TILE][PANEL]) {
     int taken = 1;
     if (rows >= 12) tile_of_12(x, w, k, sums), taken = 12;
+    else if (rows >= 8) tile_of_8(x, w, k, sums), taken = 8;
     else if (rows >= 6) tile_of_6(x, w, k, sums), taken = 6;
     else if (rows >= 4) tile_of_4(x, w, k, sums), taken = 4;
     else if (rows >= 2) tile_of_2(x, w, k, sums), taken = 2;

@@ -65,7 +65,7 @@ def dynamic_linear(
         y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
         note("int8_gemm", "int_mm")
     else:
-        y = torch.empty(len(codes), len(weight))
+        y = scale.new_empty(len(codes), len(weight))
         bias = None if bias is None else bias.float()
         native.product(codes, weight, scale, weight_scale, bias, activation, y)
         note("int8_gemm", "native")

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from octavo.core.errors import InputError
 from octavo.kernels import dynamic_quantize
-from octavo.kernels.dispatch import is_plain_call, note
+from octavo.kernels.dispatch import asked_backend, is_plain_call, note
+from octavo.kernels.dynamic_quantize import native
 from octavo.kernels.dynamic_quantize.reference import quantize_rows
 from octavo.layers.linear import compute_dtype
 from octavo.layers.module import QuantizedModule
@@ -323,6 +324,11 @@ def _quantized(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     plain = is_plain_call(data) and data.dtype == torch.float32 and data.device.type == "cpu"
     if not plain or data.numel() == 0:
         return dynamic_quantize(data)
-    codes, scale = quantize_rows(data.detach().reshape(-1, data.shape[-1]))
-    note("dynamic_quantize", "reference")
+    rows = data.detach().reshape(-1, data.shape[-1])
+    if asked_backend() in ("auto", "native") and not native.LIBRARY.why_not():
+        codes, scale = native.quantize_rows(rows)
+        note("dynamic_quantize", "native")
+    else:
+        codes, scale = quantize_rows(rows)
+        note("dynamic_quantize", "reference")
     return codes.view(data.shape), scale.view(data.shape[:-1])

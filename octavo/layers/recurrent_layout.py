@@ -34,7 +34,7 @@ class Sequences(Protocol):
         """The reverse of `enter`."""
 
     def ways(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
-        """Rows as they lie here to [T, D, B, ...]."""
+        """Rows as they lie here to [T, D, B, ...]; those of a direction lie together."""
 
     def outputs(self, states: torch.Tensor) -> torch.Tensor:
         """From [T, D, B, H] to rows of [D * H]."""
@@ -78,7 +78,9 @@ class Padded:
 
     def ways(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
         """See `Sequences`."""
-        return rows.unsqueeze(1) if directions == 1 else torch.stack([rows, rows.flip(0)], 1)
+        if directions == 1:
+            return rows.unsqueeze(1)
+        return torch.stack([rows, rows.flip(0)]).transpose(0, 1)
 
     def outputs(self, states: torch.Tensor) -> torch.Tensor:
         """See `Sequences`."""
@@ -123,10 +125,10 @@ class Ragged:
 
     def ways(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
         """See `Sequences`."""
-        block = rows.new_zeros(len(self._sizes), directions, self.batch, *rows.shape[1:])
+        block = rows.new_zeros(directions, len(self._sizes), self.batch, *rows.shape[1:])
         for way, step in enumerate(self._steps[:directions]):
-            block[step, way, self._row] = rows
-        return block
+            block[way, step, self._row] = rows
+        return block.transpose(0, 1)
 
     def outputs(self, states: torch.Tensor) -> torch.Tensor:
         """See `Sequences`."""

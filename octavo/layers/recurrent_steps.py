@@ -2,7 +2,8 @@
 
 As operators they stay whole under torch.compile and torch.export, for any sequence length. The
 input's product is made for many steps at once, on a CPU for as many as its cache holds: memory
-that is used again costs far less there than memory that is new.
+that is used again costs far less there than memory that is new. `recurrent_native` runs the steps
+where C can; what follows here and in `recurrent_cells` runs them in torch elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from octavo.kernels import dynamic_quantize, int8_gemm
 from octavo.kernels.dispatch import is_plain_call
 from octavo.kernels.int8_gemm import int_mm
+from octavo.layers import recurrent_native
 from octavo.layers.recurrent_cells import Product, gru_span, loop, lstm_span
 from octavo.layers.recurrent_weights import QMAX, Derived, Weights, derived
 
@@ -69,7 +71,7 @@ def lstm_steps(
         cell state, float32 [D, B, H].
     """
     if is_plain_call(inputs.codes, inputs.scale, hidden, cell):
-        return _lstm_operator(*inputs.flat(), hidden, cell)
+        return _lstm(inputs, hidden, cell)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_lstm_steps(
         *inputs.flat(), hidden, cell
     )
@@ -90,7 +92,7 @@ def gru_steps(inputs: Inputs, hidden: torch.Tensor | None) -> tuple[torch.Tensor
         float32 [D, B, H].
     """
     if is_plain_call(inputs.codes, inputs.scale, hidden):
-        return _gru_operator(*inputs.flat(), hidden)
+        return _gru(inputs, hidden)
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.octavo.int8_gru_steps(
         *inputs.flat(), hidden
     )
@@ -111,11 +113,13 @@ torch.library.define(
 torch.library.define("octavo::int8_gru_steps", f"({_FIELDS}, Tensor? hidden) -> (Tensor, Tensor)")
 
 
-def _lstm_operator(
-    *arguments: Any,
+def _lstm(
+    inputs: Inputs, first: torch.Tensor | None, cell: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs, (first, cell) = _unflat(arguments)
     shape = _state_shape(inputs)
+    if not recurrent_native.why_not(inputs):
+        last_cell = inputs.scale.new_zeros(shape) if cell is None else cell.contiguous().clone()
+        return (*recurrent_native.steps(inputs, first, last_cell), last_cell)
     states = _states(inputs, 0.0)
     hidden = inputs.scale.new_zeros(shape)
     double = inputs.scale.new_zeros(shape) if cell is None else cell * 2
@@ -133,7 +137,10 @@ def _lstm_operator(
     return states, hidden, double
 
 
-torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")(_lstm_operator)
+@torch.library.impl("octavo::int8_lstm_steps", "CompositeExplicitAutograd")
+def _lstm_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs, states = _unflat(arguments)
+    return _lstm(inputs, *states)
 
 
 @torch.library.register_fake("octavo::int8_lstm_steps")  # type: ignore[untyped-decorator]
@@ -144,8 +151,9 @@ def _lstm_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return states, inputs.scale.new_empty(shape), inputs.scale.new_empty(shape)
 
 
-def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, (first,) = _unflat(arguments)
+def _gru(inputs: Inputs, first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if not recurrent_native.why_not(inputs):
+        return recurrent_native.steps(inputs, first, None)
     states = _states(inputs, 0.5)
     last = inputs.scale.new_full(_state_shape(inputs), 0.5) if first is None else (first + 1) / 2
     with torch.inference_mode():
@@ -162,7 +170,10 @@ def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return states, last
 
 
-torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")(_gru_operator)
+@torch.library.impl("octavo::int8_gru_steps", "CompositeExplicitAutograd")
+def _gru_operator(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, states = _unflat(arguments)
+    return _gru(inputs, *states)
 
 
 @torch.library.register_fake("octavo::int8_gru_steps")  # type: ignore[untyped-decorator]

@@ -14,9 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Derived", "Weights", "derived", "packed_product", "packing_is_exact", "reordered"]
+from octavo.kernels.int8_gemm import native
+
+__all__ = [
+    "Derived",
+    "Way",
+    "Weights",
+    "derived",
+    "gate_panels",
+    "packed_product",
+    "packing_is_exact",
+    "reordered",
+]
 
 QMAX = 127.0
 SHIFT = 1.5 * 2**23
@@ -66,6 +78,27 @@ class Weights:
         return -QMAX if self.is_gru else 0.0
 
 
+@dataclass(frozen=True)
+class Way:
+    """One direction of `Derived` and `Weights`, as C takes it.
+
+    Attributes:
+        input: codes, int8 [N, K].
+        input_scale: float32 [N].
+        input_bias: float32 [N].
+        panels: of the recurrent codes, see `gate_panels`.
+        scale: of the recurrent product, float32 [1, N].
+        bias: of the recurrent product, float32 [1, N]; None for an LSTM.
+    """
+
+    input: torch.Tensor
+    input_scale: torch.Tensor
+    input_bias: torch.Tensor
+    panels: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+
 @dataclass
 class Derived:
     """Scales and biases of all directions, with the part of the tanh, the third gate, doubled.
@@ -86,6 +119,24 @@ class Derived:
     recurrent_bias: torch.Tensor | None
     shift: torch.Tensor
     _packed: list[Any] = field(default_factory=list)
+    _ways: list[Way] = field(default_factory=list)
+
+    def ways(self, weights: Weights) -> list[Way]:
+        """What the C takes, made once."""
+        if not self._ways:
+            # assigned whole: another thread may look at the same time
+            self._ways = [self._way(weights, way) for way in range(len(weights.recurrent))]
+        return self._ways
+
+    def _way(self, weights: Weights, way: int) -> Way:
+        return Way(
+            weights.input[way].contiguous(),
+            self.input_scale[way],
+            self.input_bias[way],
+            gate_panels(weights.recurrent[way]),
+            self.recurrent_scale[way],
+            None if self.recurrent_bias is None else self.recurrent_bias[way],
+        )
 
     def packed(self, weights: Weights) -> list[Any]:
         """FBGEMM's form of the recurrent weights with their scales and biases, made once.
@@ -140,7 +191,7 @@ def _is_of(stamp: _Stamp, buffers: Sequence[torch.Tensor]) -> bool:
 
 def _derive(weights: Weights) -> Derived:
     n, size = weights.recurrent[0].shape
-    factor = torch.ones(n // size, size, device=weights.recurrent[0].device)
+    factor = weights.recurrent_scale[0].new_ones(n // size, size)
     factor[2] = 2
     factor = factor.flatten()
 
@@ -157,8 +208,22 @@ def _derive(weights: Weights) -> Derived:
         joined(weights.recurrent_scale).unsqueeze(1) / QMAX,
         # on its own, for the reset gate multiplies it
         other.unsqueeze(1) if weights.is_gru else None,
-        torch.full((), SHIFT + weights.low, device=factor.device),
+        factor.new_full((), SHIFT + weights.low),
     )
+
+
+def gate_panels(codes: torch.Tensor) -> torch.Tensor:
+    """Recurrent weights in the order of int8_gemm's C, each gate filled up to whole panels.
+
+    Args:
+        codes: int8 [gates * H, H].
+
+    Returns:
+        codes plus 128, uint8 [gates * ceil(H / 32), ceil(H / 4), 32, 4].
+    """
+    n, size = codes.shape
+    gates = codes.view(n // size, size, size)
+    return native.panels(functional.pad(gates, (0, 0, 0, -size % native.PANEL)).flatten(0, 1))
 
 
 def reordered(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:

@@ -51,7 +51,7 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = rows.contiguous()
     count, k = rows.shape
-    codes, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(count, 1)
+    codes, scale = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(count, 1)
     LIBRARY.octavo_quantize_rows(
         rows.data_ptr(),
         count,

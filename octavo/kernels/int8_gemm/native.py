@@ -60,7 +60,7 @@ def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Ten
     bias, integer = _floats(e.bias), None
     if e.bias is not None and e.bias.dtype == torch.int32:
         bias, integer = None, e.bias.contiguous()
-    out = torch.empty((*x.shape[:-1], n), dtype=e.out_dtype)
+    out = x.new_empty((*x.shape[:-1], n), dtype=e.out_dtype)
     product(
         x.contiguous(),
         w,
@@ -94,6 +94,7 @@ def product(
     residual: torch.Tensor | None = None,
     out_scale: float = 1.0,
     out_zero_point: int = 0,
+    threads: int | None = None,
 ) -> None:
     """Fills `out`, without checks; every tensor is contiguous and on the CPU.
 
@@ -109,10 +110,10 @@ def product(
         residual: float32 like `out`.
         out_scale: of codes.
         out_zero_point: of codes.
+        threads: that share the work; None: as many as it is worth.
     """
     n, k = w.shape
-    rows = codes.numel() // k
-    weights = panels(w)  # held until the call is over
+    rows, weights = codes.numel() // k, panels(w)  # a name keeps what is not remembered alive
     LIBRARY.octavo_int8_gemm(
         codes.data_ptr(),
         weights.data_ptr(),
@@ -131,7 +132,7 @@ def product(
         out_scale,
         out_zero_point,
         out.data_ptr(),
-        threads_for(rows * n * k // STEP),
+        threads or threads_for(rows * n * k // STEP),
     )
 
 
@@ -144,7 +145,7 @@ def panels(w: torch.Tensor) -> torch.Tensor:
         w: codes, int8 [N, K].
 
     Returns:
-        codes plus 128, uint8 [ceil(N / 32), ceil(K / 4), 32, 4].
+        codes plus 128, uint8 [ceil(N / 32), ceil(K / 4), 32 * 4].
     """
     if w.is_inference():
         return _panels(w)
@@ -161,7 +162,7 @@ def _panels(w: torch.Tensor) -> torch.Tensor:
     n, k = w.shape
     blocks, groups = -(-n // PANEL), -(-k // GROUP)
     with torch.inference_mode():
-        whole = torch.full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
+        whole = w.new_full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
         torch.bitwise_xor(w.detach().view(torch.uint8), SHIFT, out=whole[:n, :k])
         fours = whole.view(torch.int32).view(blocks, PANEL, groups)
         return fours.transpose(1, 2).contiguous().view(torch.uint8)

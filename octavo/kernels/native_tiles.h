@@ -1,7 +1,8 @@
 /* Exact sums of products of int8 codes, on a CPU with AVX-512 VNNI.
 
 vpdpbusd adds four products of an unsigned and a signed byte to each of 16 int32, exactly. So the
-weights are stored as codes plus 128, and 128 times the sum of a row of x is taken off again.
+weights are stored as codes plus 128, and the sums of a row of x begin with -128 times the sum of its
+codes.
 
 Weights lie in panels of 32 output channels, [N / 32][ceil(K / 4)][32][4], filled up with 128. A
 tile of the result is up to 12 rows by a panel: 24 registers of sums, two of weights, and four codes
@@ -17,6 +18,7 @@ of a row broadcast to every lane as the instruction reads them. */
 #define PANEL 32
 #define TILE 12
 #define SHIFT 128
+#define AHEAD 1024 /* bytes of weights that are asked for before they are needed */
 
 /* Bytes of a panel. */
 INLINE ptrdiff_t panel_size(ptrdiff_t k) { return (k + 3) / 4 * 4 * PANEL; }
@@ -28,6 +30,20 @@ INLINE int32_t group(const int8_t *codes, ptrdiff_t count) {
     return four;
 }
 
+/* What the sums of a row begin with: -128 times the sum of its codes. */
+static int32_t start_of(const int8_t *row, ptrdiff_t k) {
+    ints sum = _mm512_setzero_si512();
+    const ints ones = _mm512_set1_epi8(1);
+    ptrdiff_t at = 0;
+    for (; at + 64 <= k; at += 64)
+        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(row + at));
+    if (at < k) {
+        const __mmask64 rest = (1ull << (k - at)) - 1;
+        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(rest, row + at));
+    }
+    return (int32_t)(0u - (uint32_t)_mm512_reduce_add_epi32(sum) * SHIFT);
+}
+
 /* Rows written out, so that every compiler keeps their sums in registers. */
 #define ROWS_1(DO) DO(0)
 #define ROWS_2(DO) ROWS_1(DO) DO(1)
@@ -36,7 +52,7 @@ INLINE int32_t group(const int8_t *codes, ptrdiff_t count) {
 #define ROWS_8(DO) ROWS_6(DO) DO(6) DO(7)
 #define ROWS_12(DO) ROWS_8(DO) DO(8) DO(9) DO(10) DO(11)
 
-#define CLEAR(i) ints left_##i = _mm512_setzero_si512(), right_##i = left_##i;
+#define BEGIN(i) ints left_##i = all_ints(starts[i]), right_##i = left_##i;
 #define ADD(i)                                                                                    \
     four = all_ints(group(x + i * k + at, 4));                                                    \
     left_##i = _mm512_dpbusd_epi32(left_##i, w_left, four);                                       \
@@ -48,11 +64,14 @@ INLINE int32_t group(const int8_t *codes, ptrdiff_t count) {
 /* Sums of COUNT rows by a panel, over the groups of four codes that are whole. */
 #define TILE_OF(COUNT)                                                                            \
     static __attribute__((noinline)) void tile_of_##COUNT(                                        \
-        const int8_t *x, const uint8_t *w, ptrdiff_t k, int32_t sums[TILE][PANEL]) {              \
-        ROWS_##COUNT(CLEAR)                                                                       \
+        const int8_t *x, const uint8_t *w, ptrdiff_t k, const int32_t *starts,                    \
+        int32_t sums[TILE][PANEL]) {                                                              \
+        ROWS_##COUNT(BEGIN)                                                                       \
         for (ptrdiff_t at = 0; at + 4 <= k; at += 4, w += 4 * PANEL) {                            \
             const ints w_left = _mm512_loadu_si512(w), w_right = _mm512_loadu_si512(w + 64);      \
             ints four;                                                                            \
+            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);                                   \
+            _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);                              \
             ROWS_##COUNT(ADD)                                                                     \
         }                                                                                         \
         ROWS_##COUNT(STORE)                                                                       \
@@ -79,32 +98,18 @@ static void add_rest(const int8_t *x, const uint8_t *w, ptrdiff_t k, int rows,
     }
 }
 
-/* Sums of as many rows as one tile takes; returns how many. */
+/* Sums of as many rows as one tile takes, from what they begin with; returns how many. */
 static int tile(const int8_t *x, const uint8_t *w, ptrdiff_t k, ptrdiff_t rows,
-                int32_t sums[TILE][PANEL]) {
+                const int32_t *starts, int32_t sums[TILE][PANEL]) {
     int taken = 1;
-    if (rows >= 12) tile_of_12(x, w, k, sums), taken = 12;
-    else if (rows >= 8) tile_of_8(x, w, k, sums), taken = 8;
-    else if (rows >= 6) tile_of_6(x, w, k, sums), taken = 6;
-    else if (rows >= 4) tile_of_4(x, w, k, sums), taken = 4;
-    else if (rows >= 2) tile_of_2(x, w, k, sums), taken = 2;
-    else tile_of_1(x, w, k, sums);
+    if (rows >= 12) tile_of_12(x, w, k, starts, sums), taken = 12;
+    else if (rows >= 8) tile_of_8(x, w, k, starts, sums), taken = 8;
+    else if (rows >= 6) tile_of_6(x, w, k, starts, sums), taken = 6;
+    else if (rows >= 4) tile_of_4(x, w, k, starts, sums), taken = 4;
+    else if (rows >= 2) tile_of_2(x, w, k, starts, sums), taken = 2;
+    else tile_of_1(x, w, k, starts, sums);
     if (k % 4) add_rest(x, w, k, taken, sums);
     return taken;
-}
-
-/* 128 times the sum of a row. */
-static int32_t excess(const int8_t *row, ptrdiff_t k) {
-    ints sum = _mm512_setzero_si512();
-    const ints ones = _mm512_set1_epi8(1);
-    ptrdiff_t at = 0;
-    for (; at + 64 <= k; at += 64)
-        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(row + at));
-    if (at < k) {
-        const __mmask64 rest = (1ull << (k - at)) - 1;
-        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(rest, row + at));
-    }
-    return (int32_t)((uint32_t)_mm512_reduce_add_epi32(sum) * SHIFT);
 }
 
 #endif

@@ -93,6 +93,9 @@ def attention(
         float32 [B, H, T, D], laid out as [B, T, H, D]; 0 for a query that sees no key.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling() and mask is not None:
+        # Inductor would compute it anew for each layer; a tensor seen by its strides it writes once
+        mask = mask.as_strided(mask.shape, mask.stride())
     call = _run if is_plain_call(q, k, v, mask) else torch.ops.octavo.cpu_attention
     result: torch.Tensor = call(q, k, v, mask, factor, causal)
     return result

@@ -38,7 +38,6 @@ typedef struct {
     ptrdiff_t unit, row;
     floats limit;
     const float *gates;
-    ints excess;
 } Place;
 
 INLINE floats load(const Place *p, const float *from) {
@@ -48,8 +47,7 @@ INLINE floats load(const Place *p, const float *from) {
 /* The recurrent product of a gate, and `term`. */
 INLINE floats recurrent(const Span *s, const Place *p, int gate, const int32_t *sums, floats term) {
     const floats scale = _mm512_mul_ps(load(p, s->scale + gate * s->size + p->unit), p->limit);
-    const ints sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), p->excess);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, term);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), scale, term);
 }
 
 INLINE floats input(const Span *s, const Place *p, int gate) {
@@ -92,7 +90,7 @@ INLINE __m128i codes_of(floats h, floats limit) {
 
 /* New states of up to 32 units of some rows. */
 INLINE void update(const Span *s, ptrdiff_t step, ptrdiff_t row, int rows, ptrdiff_t unit,
-                   Sums sums, const int32_t *excesses, const int is_lstm) {
+                   Sums sums, const int is_lstm) {
     const ptrdiff_t gates = (3 + is_lstm) * s->size, state = s->batch * s->size;
     const int limited = s->limits && (!is_lstm || step == 0);
     const float *from = s->gates + ((step - s->start) * s->rows + row) * gates;
@@ -102,7 +100,7 @@ INLINE void update(const Span *s, ptrdiff_t step, ptrdiff_t row, int rows, ptrdi
         for (int i = 0; i < rows; i++) {
             const floats limit = all(limited ? s->limits[row + i] : 1.0f);
             const Place p = {first(s->size - unit - half), unit + half, row + i, limit,
-                             from + i * gates, all_ints(excesses[i])};
+                             from + i * gates};
             const floats h = is_lstm ? lstm(s, &p, sums, i, half) : gru(s, &p, sums, i, half);
             const ptrdiff_t at = p.row * s->size + p.unit;
             _mm512_mask_storeu_ps(s->hidden + at, p.mask, h);
@@ -126,16 +124,17 @@ INLINE void block(const Span *s, ptrdiff_t step, ptrdiff_t index, const int is_l
     const ptrdiff_t count = s->sizes ? s->sizes[step] : s->rows;
     const int8_t *codes = s->codes + step % 2 * s->batch * size;
     Sums sums;
-    int32_t excesses[TILE];
+    int32_t starts[TILE];
     for (ptrdiff_t row = 0, rows; row < count; row += rows) {
         const ptrdiff_t left = count - row;
-        prefetch(s, step, row, left < TILE ? left : TILE, index * PANEL, 3 + is_lstm);
+        const ptrdiff_t most = left < TILE ? left : TILE;
+        prefetch(s, step, row, most, index * PANEL, 3 + is_lstm);
+        for (int i = 0; i < most; i++) starts[i] = start_of(codes + (row + i) * size, size);
         for (int gate = 0; gate < 3 + is_lstm; gate++) {
             const uint8_t *w = s->w + (gate * panels + index) * panel_size(size);
-            rows = tile(codes + row * size, w, size, left, sums[gate]);
+            rows = tile(codes + row * size, w, size, left, starts, sums[gate]);
         }
-        for (int i = 0; i < rows; i++) excesses[i] = excess(codes + (row + i) * size, size);
-        update(s, step, row, rows, index * PANEL, sums, excesses, is_lstm);
+        update(s, step, row, rows, index * PANEL, sums, is_lstm);
     }
 }
 

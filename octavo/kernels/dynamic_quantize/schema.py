@@ -53,7 +53,7 @@ def dynamic_quantize(
     """
     prologue = _checked(x, norm, activation, smooth, granularity)
     per_token = granularity == "per-token"
-    if is_inlined(x, backend):
+    if is_inlined(x, backend) and native.why_not(x, prologue, per_token):
         return reference.dynamic_quantize(x, prologue, per_token)
     plain = is_plain_call(x, prologue.weight, prologue.bias, smooth)
     call = _run if plain else torch.ops.octavo.dynamic_quantize
@@ -189,15 +189,12 @@ def _run(x: torch.Tensor, *steps: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
-_operator = torch.library.custom_op(
-    "octavo::dynamic_quantize",
-    _run,
-    mutates_args=(),
-    schema=f"(Tensor x, {_STEPS}) -> (Tensor, Tensor)",
-)
+# defined by hand: calls of `torch.library.custom_op` take longer than the quantization of a few rows
+torch.library.define("octavo::dynamic_quantize", f"(Tensor x, {_STEPS}) -> (Tensor, Tensor)")
+torch.library.impl("octavo::dynamic_quantize", "CompositeExplicitAutograd")(_run)
 
 
-@_operator.register_fake
+@torch.library.register_fake("octavo::dynamic_quantize")  # type: ignore[untyped-decorator]
 def _fake(x: torch.Tensor, *steps: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *prologue, per_token, _ = steps
     width = Prologue(*prologue).width(x.shape[-1])

@@ -95,7 +95,7 @@ INLINE void write(floats y, __mmask16 mask, ptrdiff_t at, const Epilogue *e) {
 
 /* The epilogue of a tile. `activation` and `plain`, which is float32 without a residual, are
 constants where it is called, so that no branch stands in the loop. */
-INLINE void finish(int32_t sums[TILE][PANEL], const int32_t *excesses, int rows, ptrdiff_t row,
+INLINE void finish(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row,
                    ptrdiff_t column, ptrdiff_t n, const Epilogue *epilogue, const int activation,
                    const int plain) {
     const Epilogue e = *epilogue;
@@ -104,12 +104,11 @@ INLINE void finish(int32_t sums[TILE][PANEL], const int32_t *excesses, int rows,
         for (int i = 0; i < rows; i++) {
             const ptrdiff_t at = (row + i) * n + column + half;
             ints sum = _mm512_loadu_si512(sums[i] + half);
-            sum = _mm512_sub_epi32(sum, all_ints(excesses[i]));
             if (!plain && e.output == SUMS) {
                 _mm512_mask_storeu_epi32((int32_t *)e.out + at, c.mask, sum);
                 continue;
             }
-            sum = _mm512_add_epi32(sum, c.integer_bias);
+            if (e.integer_bias) sum = _mm512_add_epi32(sum, c.integer_bias);
             floats y = _mm512_cvtepi32_ps(sum);
             y = _mm512_mul_ps(y, all(e.scale_x[(row + i) * e.scale_x_step]));
             y = _mm512_add_ps(_mm512_mul_ps(y, c.scale_w), c.bias);
@@ -124,38 +123,41 @@ INLINE void finish(int32_t sums[TILE][PANEL], const int32_t *excesses, int rows,
     }
 }
 
-/* One block of rows by some panels: as many at a time as the second cache holds, and each tile of
-rows by all of these, so that results are written along their rows. */
-static void block(const Product *p, ptrdiff_t row, ptrdiff_t end, ptrdiff_t panel,
-                  ptrdiff_t last_panel) {
-    const Epilogue *e = &p->epilogue;
+/* The same for the activation and the form of the result that were asked for. */
+static void finish_any(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row,
+                       ptrdiff_t column, ptrdiff_t n, const Epilogue *e) {
     const int plain = e->output == FLOAT32 && !e->residual;
-    const ptrdiff_t panel_bytes = panel_size(p->k);
-    const ptrdiff_t cached = panel_bytes < CACHED ? CACHED / panel_bytes : 1;
-    int32_t excesses[BLOCK], sums[TILE][PANEL];
-    for (ptrdiff_t i = row; i < end; i++) excesses[i - row] = excess(p->x + i * p->k, p->k);
-    for (; panel < last_panel; panel += cached) {
-        const ptrdiff_t stop = panel + cached < last_panel ? panel + cached : last_panel;
-        for (ptrdiff_t i = row, rows; i < end; i += rows) {
-            const int32_t *own = excesses + (i - row);
-            for (ptrdiff_t j = panel; j < stop; j++) {
-                rows = tile(p->x + i * p->k, p->w + j * panel_bytes, p->k, end - i, sums);
 #define FINISH(name)                                                                              \
     case name:                                                                                    \
-        if (plain) finish(sums, own, rows, i, j *PANEL, p->n, e, name, 1);                        \
-        else finish(sums, own, rows, i, j *PANEL, p->n, e, name, 0);                              \
+        if (plain) finish(sums, rows, row, column, n, e, name, 1);                      \
+        else finish(sums, rows, row, column, n, e, name, 0);                            \
         break;
-                switch (e->activation) {
-                    FINISH(NONE)
-                    FINISH(RELU)
-                    FINISH(RELU6)
-                    FINISH(GELU)
-                    FINISH(GELU_TANH)
-                    FINISH(SILU)
-                    FINISH(HARDSWISH)
-                }
+    switch (e->activation) {
+        FINISH(NONE)
+        FINISH(RELU)
+        FINISH(RELU6)
+        FINISH(GELU)
+        FINISH(GELU_TANH)
+        FINISH(SILU)
+        FINISH(HARDSWISH)
+    }
+}
+
+/* One block of rows by some panels: as many at a time as the second cache holds, and each tile of
+rows by all of these, since results are best written along their rows. */
+static void block(const Product *p, ptrdiff_t row, ptrdiff_t end, ptrdiff_t panel,
+                  ptrdiff_t last_panel) {
+    const ptrdiff_t k = p->k, cached = panel_size(k) < CACHED ? CACHED / panel_size(k) : 1;
+    int32_t starts[BLOCK], sums[TILE][PANEL];
+    for (ptrdiff_t i = row; i < end; i++) starts[i - row] = start_of(p->x + i * k, k);
+    for (; panel < last_panel; panel += cached) {
+        const ptrdiff_t stop = panel + cached < last_panel ? panel + cached : last_panel;
+        for (ptrdiff_t i = row, rows = 0; i < end; i += rows)
+            for (ptrdiff_t j = panel; j < stop; j++) {
+                const uint8_t *w = p->w + j * panel_size(k);
+                rows = tile(p->x + i * k, w, k, end - i, starts + (i - row), sums);
+                finish_any(sums, rows, i, j * PANEL, p->n, &p->epilogue);
             }
-        }
     }
 }
 

@@ -199,7 +199,7 @@ def _by_rule(operator: str, bodies: Sequence[Body], arguments: Sequence[Any], no
         interpreted = body.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         reason = INTERPRETED if interpreted else body.why_not(*arguments)
         if not reason:
-            _last[operator] = Decision(operator, body.name, tuple(passed_over), note=note)
+            _last[operator] = _by_order(operator, body.name, tuple(passed_over), note)
             return body
         passed_over.append((body.name, reason))
     raise UnsupportedError(f"nothing can run {operator}: {passed_over}")
@@ -237,6 +237,13 @@ def note(operator: str, body: str) -> None:
 @functools.cache
 def _unchosen(operator: str, body: str) -> Decision:
     return Decision(operator, body)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_order(
+    operator: str, body: str, passed_over: tuple[tuple[str, str], ...], note: str
+) -> Decision:
+    return Decision(operator, body, passed_over, note=note)
 
 
 def is_plain_call(*tensors: torch.Tensor | None) -> bool:

@@ -10,6 +10,7 @@ import ctypes
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from octavo.kernels.dispatch import asked_backend, is_plain_call
 from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
@@ -46,14 +47,13 @@ def why_not(
         return f"the mask is {mask.dtype}"
     if q.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         return "queries, keys and values are of different sizes"
-    if not k.numel() or q.shape[1] % k.shape[1]:
-        return "there are no keys, or heads that cannot share them"
-    if q.shape[2] < FEWEST_QUERIES or q.shape[3] > MOST_SIZE:
-        return f"it takes {FEWEST_QUERIES} queries and more, of up to {MOST_SIZE} features"
+    if q.shape[1] % k.shape[1] or q.shape[3] > MOST_SIZE:
+        return f"heads cannot share their keys, or have more than {MOST_SIZE} features"
+    # the operator asks for itself: a compiler should not make this a property of its program
+    if not torch.compiler.is_compiling() and (not k.numel() or q.shape[2] < FEWEST_QUERIES):
+        return f"there are no keys, or fewer than {FEWEST_QUERIES} queries"
     if torch.is_grad_enabled() and any(one.requires_grad for one in given):
         return "a gradient is wanted, which it has not"
-    if torch.compiler.is_exporting():
-        return "an exported program keeps torch's attention"
     # torch.compile cannot look into a context, and says so only when it runs
     asked = "auto" if torch.compiler.is_compiling() else asked_backend()
     if asked != "auto" or torch.is_autocast_enabled("cpu"):
@@ -93,15 +93,16 @@ def attention(
         float32 [B, H, T, D], laid out as [B, T, H, D]; 0 for a query that sees no key.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.compiler.is_compiling() and mask is not None:
+    looked_into = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if looked_into and mask is not None:
         # Inductor would compute it anew for each layer; a tensor seen by its strides it writes once
         mask = mask.as_strided(mask.shape, mask.stride())
-    call = _run if is_plain_call(q, k, v, mask) else torch.ops.octavo.cpu_attention
+    call = _attend if is_plain_call(q, k, v, mask) else torch.ops.octavo.attention
     result: torch.Tensor = call(q, k, v, mask, factor, causal)
     return result
 
 
-def _run(
+def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -146,20 +147,32 @@ def _room(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(batch, queries, heads, size).transpose(1, 2)
 
 
-torch.library.define(
-    "octavo::cpu_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor",
-)
-torch.library.impl("octavo::cpu_attention", "CPU")(_run)
-
-
-@torch.library.register_fake("octavo::cpu_attention")  # type: ignore[untyped-decorator]
-def _fake(
+def _run(
     q: torch.Tensor,
-    k: torch.Tensor,  # noqa: ARG001
-    v: torch.Tensor,  # noqa: ARG001
-    mask: torch.Tensor | None,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    causal: bool,  # noqa: ARG001
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> torch.Tensor:
+    """The operator, which also runs where a program that was exported is loaded."""
+    if not why_not(q, k, v, mask):
+        return _attend(q, k, v, mask, scale, causal)
+    shared = q.shape[1] != k.shape[1]
+    y = functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=shared
+    )
+    return _room(q).copy_(y)
+
+
+_operator = torch.library.custom_op(
+    "octavo::attention",
+    _run,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor",
+)
+
+
+@_operator.register_fake
+def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
     return _room(q)

@@ -156,18 +156,21 @@ class Int8Linear(QuantizedModule):
 
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
-        plain = rows is None and self.smooth is None and self.input_scale is None
-        if plain and linear_cpu.applies(x, self.weight, self.weight_scale, self.bias):
-            return linear_cpu.dynamic_linear(
-                x, self.weight, self.weight_scale, self.bias, self.activation, self.shared
-            )
+        own = self._buffers  # looking an attribute up takes longer than some layers' arithmetic
+        if rows is None and own["smooth"] is None and own["input_scale"] is None:
+            weight, scale, bias = self.weight, self.weight_scale, own["bias"]
+            body = linear_cpu.body_for(x, weight, scale, bias)
+            if body:
+                return linear_cpu.dynamic_linear(
+                    body, x, weight, scale, bias, self.activation, self.shared
+                )
         if self.input_scale is None and self.smooth is None and self.shared is not None:
-            codes, scale = self.shared.codes(x, dynamic_quantize)
+            codes, scale_x = self.shared.codes(x, dynamic_quantize)
         elif self.input_scale is None:
-            codes, scale = dynamic_quantize(x, smooth=self.smooth)
+            codes, scale_x = dynamic_quantize(x, smooth=self.smooth)
         else:
-            scale = self.input_scale
-            factor = scale if self.smooth is None else self.smooth
+            scale_x = self.input_scale
+            factor = scale_x if self.smooth is None else self.smooth
             codes = static_quantize(x, factor, zero_point=self.zero_point)
         weight, weight_scale, bias = self.weight, self.weight_scale, self.bias
         if rows is not None:
@@ -176,7 +179,7 @@ class Int8Linear(QuantizedModule):
         return int8_gemm(
             codes,
             weight,
-            scale,
+            scale_x,
             weight_scale,
             bias=bias,
             activation=self.activation,

@@ -14,31 +14,38 @@ from octavo.kernels.dynamic_quantize.reference import quantize_rows
 from octavo.kernels.int8_gemm import int_mm, native
 from octavo.layers.shared_codes import SharedCodes
 
-__all__ = ["applies", "dynamic_linear"]
+__all__ = ["body_for", "dynamic_linear"]
 
 
-def applies(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether `dynamic_linear` can take these: float32 rows [..., K] that nobody looks into.
+def body_for(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str:
+    """Who multiplies in `dynamic_linear`, "native" or "int_mm"; nothing where it takes not these.
+
+    It takes float32 rows [..., K] that nobody looks into.
 
     Args:
         x: of a layer.
         weight: int8 [N, K].
         *others: the layer's scales and bias.
     """
-    return (
-        is_plain_call(x, weight, *others)
-        and x.dtype == torch.float32
+    fitting = (
+        x.dtype == torch.float32
+        and is_plain_call(x, weight, *others)
         and x.ndim > 0
         and x.shape[-1] == weight.shape[1]
-        and x.device == weight.device
-        and x.device.type == "cpu"
+        and x.is_cpu
+        and weight.is_cpu
         and asked_backend() == "auto"
         and not torch.is_autocast_enabled("cpu")
-        and not (native.why_not(x, weight) and int_mm.why_not(x, weight))
     )
+    if not fitting:
+        return ""
+    if not native.why_not(x, weight):
+        return "native"
+    return "" if int_mm.why_not(x, weight) else "int_mm"
 
 
 def dynamic_linear(
+    body: str,
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -49,6 +56,7 @@ def dynamic_linear(
     """activation(x @ W.T + b), x quantized with a scale a token.
 
     Args:
+        body: what `body_for` says of these.
         x: float32 [..., K].
         weight: int8 [N, K].
         weight_scale: float32 [N].
@@ -60,15 +68,14 @@ def dynamic_linear(
         float32 [..., N].
     """
     codes, scale = _codes(x) if shared is None else shared.codes(x, _codes)
-    if native.why_not(x, weight):
-        sums = torch._int_mm(codes, weight.T)
-        y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
-        note("int8_gemm", "int_mm")
-    else:
-        y = scale.new_empty(len(codes), len(weight))
+    note("int8_gemm", body)
+    if body == "native":
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         bias = None if bias is None else bias.float()
         native.product(codes, weight, scale, weight_scale, bias, activation, y)
-        note("int8_gemm", "native")
+        return y
+    sums = torch._int_mm(codes, weight.T)
+    y = int_mm.scaled_in_place(sums, scale, weight_scale, bias, activation)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

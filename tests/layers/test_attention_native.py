@@ -113,10 +113,10 @@ def test_what_it_leaves_to_torch() -> None:
 
     assert why(q, k, v) == ""
     assert why(q.half(), k, v) == "it computes in float32"
-    assert why(q[:, :, :3], k, v) == "it takes 6 queries and more, of up to 256 features"
+    assert why(q[:, :, :3], k, v) == "there are no keys, or fewer than 6 queries"
     assert why(q, k, v[:, :, 1:]) == "queries, keys and values are of different sizes"
-    assert why(q[:, :1], k, v) == "there are no keys, or heads that cannot share them"
-    assert why(q, k[:, :, :0], v[:, :, :0]) == why(q[:, :1], k, v)
+    assert why(q, k[:, :, :0], v[:, :, :0]) == why(q[:, :, :3], k, v)
+    assert why(q[:, :1], k, v) == "heads cannot share their keys, or have more than 256 features"
     assert why(q, k, v, torch.zeros(8, 8, dtype=torch.float64)) == "the mask is torch.float64"
     assert why(q, k, v.to("meta")) == "not all tensors are on the CPU"
     assert why(q, k, v.detach().requires_grad_()) == "a gradient is wanted, which it has not"
@@ -130,7 +130,7 @@ def test_the_operator_is_sound() -> None:
     q, k, v = inputs(2, 2, 9, 20, 8)
     mask = torch.rand(2, 1, 1, 20) < 0.5
     for given in (None, mask, mask.float()):
-        torch.library.opcheck(torch.ops.octavo.cpu_attention, (q, k, v, given, 0.5, False))
+        torch.library.opcheck(torch.ops.octavo.attention, (q, k, v, given, 0.5, False))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -141,10 +141,27 @@ def test_multihead_attention_uses_it(padded: bool, monkeypatch: pytest.MonkeyPat
     if padded:
         padding = torch.arange(10).expand(2, 10) > torch.tensor([[9], [6]])
     calls = []
-    run = attention_native._run
-    monkeypatch.setattr(attention_native, "_run", lambda *a: calls.append(1) or run(*a))
+    run = attention_native._attend
+    monkeypatch.setattr(attention_native, "_attend", lambda *a: calls.append(1) or run(*a))
     with torch.no_grad():
         found, _ = MultiheadAttention(one)(x, x, x, padding, need_weights=False)
         wanted, _ = one(x, x, x, padding, need_weights=True)
     assert calls == [1]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operator_runs_where_the_c_does_not(without_native: None) -> None:
+    q, k, v = inputs(2, 4, 14, 20, 8)
+    given = (q, k[:, :2], v[:, :2], torch.rand(2, 1, 1, 20) < 0.8, 0.3)
+    found = torch.ops.octavo.attention(*given, False)
+    many = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    wanted = exact(q, *many, attn_mask=given[3], scale=0.3)
+    torch.testing.assert_close(found.double(), wanted, rtol=3e-6, atol=2e-6)
+    assert found.transpose(1, 2).is_contiguous()
+
+
+def test_gradients_are_torchs_and_the_operator_has_none() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(1, 2, 8, 8, 16))
+    assert attention_native.why_not(q, k, v)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.ops.octavo.attention(q, k, v, None, 0.3, False).sum().backward()

@@ -42,8 +42,8 @@ def llama() -> nn.Module:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every call of the C."""
     made: list[int] = []
-    run = attention_native._run
-    monkeypatch.setattr(attention_native, "_run", lambda *a: made.append(1) or run(*a))
+    run = attention_native._attend
+    monkeypatch.setattr(attention_native, "_attend", lambda *a: made.append(1) or run(*a))
     return made
 
 
@@ -134,14 +134,22 @@ def test_compiled_it_is_one_operator(batch: dict[str, torch.Tensor]) -> None:
 
     compiled = torch.compile(quantized, backend=keep, fullgraph=True)
     close(last(compiled, batch), last(quantized, batch))
-    assert sum("cpu_attention" in name for name in seen) == 2
+    assert sum("octavo.attention" in name for name in seen) == 2
 
 
-def test_an_exported_program_keeps_torchs(batch: dict[str, torch.Tensor]) -> None:
+def test_an_exported_program_gives_the_same_for_any_length(
+    calls: list[int], batch: dict[str, torch.Tensor]
+) -> None:
     quantized = octavo.quantize(bert(), octavo.Int8Dynamic(), verbose=False)
+    tokens = torch.export.Dim("tokens", min=2, max=100)
     with torch.no_grad():
-        program = torch.export.export(quantized, (), dict(batch))
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert sum("scaled_dot_product_attention" in name for name in targets) == 2
-    assert not any("cpu_attention" in name for name in targets)
-    close(last(program.module(), batch), last(quantized, batch))
+        program = torch.export.export(
+            quantized, (), dict(batch), dynamic_shapes={name: {1: tokens} for name in batch}
+        )
+    assert sum("octavo.attention" in str(node.target) for node in program.graph.nodes) == 2
+    for length in (12, 3, 20):
+        ids = torch.arange(3 * length).reshape(3, length) % 50
+        other = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found, wanted = last(program.module(), other), last(quantized, other)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2 * 2 * 2, "too few queries for three of the calls"

@@ -55,7 +55,7 @@ def by_operators(one: Int8Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def takes(one: Int8Linear, x: torch.Tensor) -> bool:
-    return linear_cpu.applies(x, one.weight, one.weight_scale, one.bias)
+    return bool(linear_cpu.body_for(x, one.weight, one.weight_scale, one.bias))
 
 
 @exact

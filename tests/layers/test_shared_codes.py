@@ -87,6 +87,7 @@ def test_once_for_self_attention_and_twice_for_cross_attention(
 
 
 @pytest.mark.parametrize("kind", ["export", "compile"])
+@pytest.mark.usefixtures("without_native")
 def test_a_compiler_sees_one_quantization(kind: str) -> None:
     model, x = quantized(), torch.randn(2, 5, 64)
     graphs: list[str] = []

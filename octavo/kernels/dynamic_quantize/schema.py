@@ -189,12 +189,15 @@ def _run(x: torch.Tensor, *steps: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
-# defined by hand: calls of `torch.library.custom_op` take longer than the quantization of a few rows
-torch.library.define("octavo::dynamic_quantize", f"(Tensor x, {_STEPS}) -> (Tensor, Tensor)")
-torch.library.impl("octavo::dynamic_quantize", "CompositeExplicitAutograd")(_run)
+_operator = torch.library.custom_op(
+    "octavo::dynamic_quantize",
+    _run,
+    mutates_args=(),
+    schema=f"(Tensor x, {_STEPS}) -> (Tensor, Tensor)",
+)
 
 
-@torch.library.register_fake("octavo::dynamic_quantize")  # type: ignore[untyped-decorator]
+@_operator.register_fake
 def _fake(x: torch.Tensor, *steps: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *prologue, per_token, _ = steps
     width = Prologue(*prologue).width(x.shape[-1])

@@ -226,17 +226,19 @@ def _run(*arguments: Any) -> torch.Tensor:
     return result
 
 
-# defined by hand: calls of `torch.library.custom_op` take twice as long as a small product
-torch.library.define(
+_operator = torch.library.custom_op(
     "octavo::int8_gemm",
-    "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
-    "Tensor? out_scale, Tensor? residual_scale, str activation, ScalarType out_dtype, "
-    "int out_zero_point, int residual_zero_point, str backend) -> Tensor",
+    _run,
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
+        "Tensor? out_scale, Tensor? residual_scale, str activation, ScalarType out_dtype, "
+        "int out_zero_point, int residual_zero_point, str backend) -> Tensor"
+    ),
 )
-torch.library.impl("octavo::int8_gemm", "CompositeExplicitAutograd")(_run)
 
 
-@torch.library.register_fake("octavo::int8_gemm")  # type: ignore[untyped-decorator]
+@_operator.register_fake
 def _fake(*arguments: Any) -> torch.Tensor:
     x, w, epilogue = _bind(*arguments[:-1])
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=epilogue.out_dtype)

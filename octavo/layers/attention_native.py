@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from octavo.kernels.dispatch import asked_backend, is_plain_call
 from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+from octavo.kernels.results import new_result
 
 __all__ = ["attention", "why_not"]
 
@@ -113,7 +114,7 @@ def _attend(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
-    out = _room(q)
+    out = new_result(batch, queries, heads, size).transpose(1, 2)
     kept = added = None
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()

@@ -12,6 +12,7 @@ from octavo.kernels.dispatch import asked_backend, is_plain_call, note
 from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.dynamic_quantize.reference import quantize_rows
 from octavo.kernels.int8_gemm import int_mm, native
+from octavo.kernels.results import new_result
 from octavo.layers.shared_codes import SharedCodes
 
 __all__ = ["body_for", "dynamic_linear"]
@@ -70,7 +71,7 @@ def dynamic_linear(
     codes, scale = _codes(x) if shared is None else shared.codes(x, _codes)
     note("int8_gemm", body)
     if body == "native":
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        y = new_result(*x.shape[:-1], weight.shape[0])
         bias = None if bias is None else bias.float()
         native.product(codes, weight, scale, weight_scale, bias, activation, y)
         return y

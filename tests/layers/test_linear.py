@@ -236,4 +236,4 @@ def test_inductor_calls_the_products_in_c() -> None:
     with torch.no_grad():
         found, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), x)
     torch.testing.assert_close(found, both(x), rtol=1e-6, atol=1e-6)
-    assert code.count("torch.ops.octavo.int8_gemm.default(") == 2, code
+    assert code.count("torch.ops.octavo.native_int8_gemm.default(") == 2, code

@@ -44,8 +44,7 @@ def dynamic_quantize(
     per_token: bool,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `schema.dynamic_quantize`."""
-    codes, scale = quantize_rows(x.detach().reshape(-1, x.shape[-1]))
-    return codes.view(x.shape), scale.view(x.shape[:-1])
+    return _compiled(x)
 
 
 def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,3 +68,20 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         threads_for(count * k // LANES),
     )
     return codes, scale
+
+
+# what torch.compile calls: see int8_gemm/native.py
+torch.library.define("octavo::native_quantize_rows", "(Tensor x) -> (Tensor, Tensor)")
+
+
+def _compiled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = quantize_rows(x.detach().reshape(-1, x.shape[-1]))
+    return codes.view(x.shape), scale.view(x.shape[:-1])
+
+
+torch.library.impl("octavo::native_quantize_rows", "CPU")(_compiled)
+
+
+@torch.library.register_fake("octavo::native_quantize_rows")  # type: ignore[untyped-decorator]
+def _fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1])

@@ -12,7 +12,7 @@ from octavo.core.errors import InputError
 from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.dynamic_quantize import native, reference
 from octavo.kernels.dynamic_quantize.prologue import ACTIVATIONS, LayerNorm, Prologue, RmsNorm
-from octavo.kernels.tracing import is_inlined
+from octavo.kernels.tracing import is_inlined, wants_gradient
 
 __all__ = ["LayerNorm", "RmsNorm", "add_dynamic_quantize", "dynamic_quantize"]
 
@@ -53,8 +53,11 @@ def dynamic_quantize(
     """
     prologue = _checked(x, norm, activation, smooth, granularity)
     per_token = granularity == "per-token"
-    if is_inlined(x, backend) and native.why_not(x, prologue, per_token):
-        return reference.dynamic_quantize(x, prologue, per_token)
+    if is_inlined(x, backend):
+        if native.why_not(x, prologue, per_token) or wants_gradient(backend, x):
+            return reference.dynamic_quantize(x, prologue, per_token)
+        codes, scale = torch.ops.octavo.native_quantize_rows(x)
+        return codes, scale
     plain = is_plain_call(x, prologue.weight, prologue.bias, smooth)
     call = _run if plain else torch.ops.octavo.dynamic_quantize
     result: tuple[torch.Tensor, torch.Tensor] = call(x, *_flat(prologue), per_token, backend)

@@ -11,7 +11,7 @@ from octavo.core.errors import InputError
 from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
 from octavo.kernels.int8_gemm import dequantize, int_mm, native, reference
 from octavo.kernels.int8_gemm.tiles import bucket
-from octavo.kernels.tracing import is_inlined
+from octavo.kernels.tracing import is_inlined, wants_gradient
 
 __all__ = ["FLOATS", "MAX_K", "MOST_ROWS", "check_epilogue", "check_tensor", "int8_gemm"]
 
@@ -79,18 +79,34 @@ def int8_gemm(
     epilogue = _bind(*arguments)[-1]
     n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
     check_epilogue(epilogue, x_q, scales_x=[(), batch], n=n, result=(*batch, n))
-    if (
-        is_inlined(x_q, backend)
-        and native.why_not(x_q, w_q, epilogue)
-        and not int_mm.why_not(x_q, w_q)
-    ):
-        y = int_mm.int8_gemm(x_q, w_q, epilogue)
-        # Inductor would compute an error function anew for each reader, such as the passes of the
-        # quantization that follows; a tensor seen by its strides it writes once
-        return y.as_strided(y.shape, y.stride()) if activation == "gelu" else y
+    if is_inlined(x_q, backend):
+        inlined = _inlined(x_q, w_q, epilogue, wants_gradient(backend, *tensors))
+        if inlined is not None:
+            return inlined
     call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
     result: torch.Tensor = call(*arguments, backend)
     return result
+
+
+def _inlined(
+    x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue, gradient: bool
+) -> torch.Tensor | None:
+    """What a compiler for a CPU should see in the place of the operator, if anything."""
+    result: torch.Tensor
+    if not (gradient or native.why_not(x, w)):
+        floats = e.scale_x is not None and e.out_dtype in FLOATS
+        if not floats or e.residual is not None:
+            return None
+        result = torch.ops.octavo.native_int8_gemm(
+            x, w, e.scale_x, e.scale_w, e.bias, e.activation, e.out_dtype
+        )
+        return result
+    if int_mm.why_not(x, w):
+        return None
+    result = int_mm.int8_gemm(x, w, e)
+    # Inductor would compute an error function anew for each reader, such as the passes of the
+    # quantization that follows; a tensor seen by its strides it writes once
+    return result.as_strided(result.shape, result.stride()) if e.activation == "gelu" else result
 
 
 def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor) -> None:

@@ -2,8 +2,8 @@
 
 #include "native_tiles.h"
 
-#define BLOCK 192
-#define CACHED (640 << 10)
+#define BLOCK 192           /* rows that go by weights which no cache holds */
+#define CACHED (640 << 10) /* bytes of weights that the second cache holds */
 
 enum activation { NONE, RELU, RELU6, GELU, GELU_TANH, SILU, HARDSWISH };
 enum output { FLOAT32, BFLOAT16, FLOAT16, CODES, SUMS };
@@ -171,7 +171,7 @@ void octavo_int8_gemm(const int8_t *x, const uint8_t *w, ptrdiff_t m, ptrdiff_t 
     const Product p = {x, w, m, n, k,
                        {scale_x, scale_x_step, scale_w, scale_w_step, bias, integer_bias,
                         activation, residual, output, out_scale, out_zero_point, out}};
-    const ptrdiff_t size = n * k > CACHED ? BLOCK : BLOCK / 4;
+    const ptrdiff_t size = n * k > CACHED ? BLOCK : 2 * TILE;
     const ptrdiff_t blocks = (m + size - 1) / size, panels = (n + PANEL - 1) / PANEL;
     ptrdiff_t groups = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
     if (groups > panels) groups = panels;

@@ -117,8 +117,8 @@ def _attend(
     out = new_result(batch, queries, heads, size).transpose(1, 2)
     kept = added = None
     if mask is not None:
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         mask = mask.expand(batch, heads, queries, keys)
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()  # keys lie side by side
         kept, added = (mask, None) if mask.dtype == torch.bool else (None, mask)
     strides = [s for x in (q, k, v, out, mask) if x is not None for s in x.stride()[:3]]
     steps = (ctypes.c_ssize_t * 15)(*strides)

@@ -61,6 +61,19 @@ def test_it_is_softmax_attention(size: tuple[int, ...], mask: str) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=3e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(20, 1), (1, 1), (2, 1, 1, 33), (3, 20, 1), (2, 3, 20, 33)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_any_shape_and_strides(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v = inputs(2, 3, 20, 33, 16)
+    random = torch.Generator().manual_seed(1)
+    mask = torch.rand(shape, generator=random)
+    mask = mask < 0.8 if dtype == torch.bool else mask * 3
+    for given in (mask, mask.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        found = attention_native.attention(q, k, v, given)
+        wanted = functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
+        torch.testing.assert_close(found, wanted.nan_to_num(0), rtol=3e-6, atol=2e-6)
+
+
 def test_heads_that_share_keys() -> None:
     q, k, v = inputs(2, 6, 14, 20, 8)
     found = attention_native.attention(q, k[:, :2], v[:, :2], causal=True)

@@ -113,8 +113,23 @@ def test_the_allocators_share_is_told() -> None:
 
 def test_what_one_process_does_to_latencies_is_told() -> None:
     shared = results("minilm")["results"]["latency_ms"]["eager, one process"]
-    times = [shared[name]["p50"] for name in ("Octavo Int8Dynamic", "torch quantize_dynamic")]
-    assert "{:.1f} and {:.1f} ms".format(*times) in " ".join(README.split())
+    names = "PyTorch float32", "torch quantize_dynamic", "Octavo Int8Dynamic"
+    told = (
+        "eager float takes {:.0f} ms, torch's quantize_dynamic, which has one scale a tensor, "
+        "{:.1f} and `Int8Dynamic` {:.1f}."
+    )
+    assert told.format(*(shared[name]["p50"] for name in names)) in " ".join(README.split())
+
+
+def test_what_recurrent_layers_gain_is_told() -> None:
+    layers = results("recurrent")["results"]["layers"]
+    times = sorted(layer["times_quantize_dynamic"] for layer in layers)
+    median = (times[len(times) // 2 - 1] + times[len(times) // 2]) / 2
+    told = (
+        f"over {len(times)} sizes of LSTM and GRU, `Int8Dynamic` is {times[0]:.2f} to "
+        f"{times[-1]:.1f} times as fast as torch's quantize_dynamic (median {median:.1f})"
+    )
+    assert told in " ".join(README.split())
 
 
 @pytest.mark.slow

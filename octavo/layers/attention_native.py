@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from octavo.kernels.dispatch import asked_backend, is_plain_call
 from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
-from octavo.kernels.results import new_result
+from octavo.kernels.result_memory import new_result
 
 __all__ = ["attention", "why_not"]
 

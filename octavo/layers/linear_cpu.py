@@ -12,7 +12,7 @@ from octavo.kernels.dispatch import asked_backend, is_plain_call, note
 from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.dynamic_quantize.reference import quantize_rows
 from octavo.kernels.int8_gemm import int_mm, native
-from octavo.kernels.results import new_result
+from octavo.kernels.result_memory import new_result
 from octavo.layers.shared_codes import SharedCodes
 
 __all__ = ["body_for", "dynamic_linear"]

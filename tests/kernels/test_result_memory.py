@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.kernels import results
-from octavo.kernels.results import new_result
+from octavo.kernels import result_memory
+from octavo.kernels.result_memory import new_result
 
-N = results.SMALLEST // 4
+N = result_memory.SMALLEST // 4
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_kept", [])
+    monkeypatch.setattr(result_memory, "_kept", [])
 
 
 def test_what_is_freed_is_used_again() -> None:
@@ -71,14 +71,14 @@ def test_shared_memory_is_never_used_again() -> None:
     place = x.data_ptr()
     del x
     assert new_result(N).data_ptr() != place
-    assert len(results._kept) == 1
+    assert len(result_memory._kept) == 1
 
 
 def test_as_much_as_is_allowed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "MOST", 4 * 5 * N)
+    monkeypatch.setattr(result_memory, "MOST", 4 * 5 * N)
 
     def kept() -> int:
-        return sum(buffer.numel() for buffer, _ in results._kept)
+        return sum(buffer.numel() for buffer, _ in result_memory._kept)
 
     held = [new_result(N) for _ in range(8)]
     assert kept() == 4 * 5 * N
@@ -94,10 +94,10 @@ def test_as_much_as_is_allowed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_results_and_torch_without_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     new_result(3, 4)
     new_result(0)
-    assert not results._kept
-    monkeypatch.setattr(results, "_use_count", None)
+    assert not result_memory._kept
+    monkeypatch.setattr(result_memory, "_use_count", None)
     new_result(N)
-    assert not results._kept
+    assert not result_memory._kept
 
 
 def test_threads_never_get_the_same_memory() -> None:

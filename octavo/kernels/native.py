@@ -82,7 +82,14 @@ class Library:
         reason = why_not_here()
         if reason:
             raise UnsupportedError(reason)
-        library = ctypes.CDLL(str(_compiled(self.source)))
+        path = _compiled(self.source)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise _told(
+                f"{path} cannot be loaded ({error}); delete it, or set OCTAVO_CACHE_DIR to a "
+                "folder from which programs may run"
+            ) from error
         for name, types in self.functions.items():
             function = getattr(library, name)
             function.argtypes, function.restype = list(types), None
@@ -126,7 +133,7 @@ def _compiled(source: Path) -> Path:
                 with atomic_path(library) as unfinished:
                     _compile(compiler, source, unfinished)
     except OSError as error:
-        raise UnsupportedError(
+        raise _told(
             f"compiled C cannot be kept in {folder} ({error}); set OCTAVO_CACHE_DIR to a folder "
             "that can be written"
         ) from error
@@ -135,25 +142,31 @@ def _compiled(source: Path) -> Path:
 
 @functools.cache
 def _version(compiler: str) -> str:
-    found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return found.stdout
+    return _run([compiler, "--version"]).stdout
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:
-    command = [compiler, *FLAGS, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"]
+    done = _run([compiler, *FLAGS, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"])
+    if done.returncode:
+        problem = (done.stderr.strip() or f"it exits with {done.returncode}").splitlines()[0]
+        raise _told(f"{compiler} cannot compile {source.name}: {problem}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=PATIENCE
         )
-        problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem:
-        reason = f"{compiler} cannot compile {source.name}: {problem.splitlines()[0]}"
-        warnings.warn(
-            f"{reason}; INT8 layers are slower on this CPU without it", OctavoWarning, stacklevel=2
-        )
-        raise UnsupportedError(reason)
+        raise _told(f"{command[0]} does not run: {error}") from error
+
+
+def _told(reason: str) -> UnsupportedError:
+    """The error of C that should run here and does not, after a warning that it is missed."""
+    warnings.warn(
+        f"{reason}; INT8 layers are slower on this CPU without it", OctavoWarning, stacklevel=2
+    )
+    return UnsupportedError(reason)
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

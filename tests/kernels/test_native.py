@@ -97,7 +97,38 @@ def test_a_processor_without_the_instructions(
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path / "file"))
-    assert "set OCTAVO_CACHE_DIR to a folder that can be written" in library(tmp_path).why_not()
+    with pytest.warns(OctavoWarning, match="slower on this CPU"):
+        reason = library(tmp_path).why_not()
+    assert "set OCTAVO_CACHE_DIR to a folder that can be written" in reason
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("exit 7", "it exits with 7"),
+        ("kill -9 $$", "it exits with -9"),
+        ('case "$1" in --version) ;; *) sleep 60;; esac', "timed out after"),
+    ],
+)
+def test_compilers_that_fail_without_a_word(
+    script: str, told: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(native, "PATIENCE", 0.5)
+    with pytest.warns(OctavoWarning, match=told):
+        assert told in library(tmp_path).why_not()
+    assert not [path for path in cache.rglob("*") if path.suffix in (".so", ".tmp")]
+
+
+def test_a_file_in_the_cache_that_is_no_library(tmp_path: Path, cache: Path) -> None:
+    one = library(tmp_path)
+    native._compiled(one.source).write_bytes(b"cut off")
+    with pytest.warns(OctavoWarning, match="cannot be loaded"):
+        assert "delete it, or set OCTAVO_CACHE_DIR" in one.why_not()
+    assert len(list(cache.rglob("*.so"))) == 1
 
 
 CHILD = """

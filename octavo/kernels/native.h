@@ -12,6 +12,8 @@ NaN: where an instruction takes its second operand if one is NaN, the values are
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
+#define PANEL 32 /* columns of a tile */
+#define TILE 12  /* rows of the largest */
 
 typedef __m512 floats;
 typedef __m512i ints;
@@ -88,5 +90,13 @@ INLINE floats hardswish(floats x) {
     const floats gate = clamp(_mm512_add_ps(x, all(3.0f)), 0.0f, 6.0f);
     return _mm512_div_ps(_mm512_mul_ps(x, gate), all(6.0f));
 }
+
+/* Rows written out, so that every compiler keeps their sums in registers. */
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_4(DO) ROWS_2(DO) DO(2) DO(3)
+#define ROWS_6(DO) ROWS_4(DO) DO(4) DO(5)
+#define ROWS_8(DO) ROWS_6(DO) DO(6) DO(7)
+#define ROWS_12(DO) ROWS_8(DO) DO(8) DO(9) DO(10) DO(11)
 
 #endif

@@ -68,6 +68,9 @@ class Library:
                 self._reason = str(error)
         return self._reason
 
+    # torch.compile takes the answer as it is while it traces: see int8_gemm/int_mm.py
+    why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def __getattr__(self, name: str) -> Any:
         if name not in self.functions:
             raise AttributeError(f"{self.source.name} has no function {name!r}")
@@ -174,7 +177,11 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def threads_for(steps: int) -> int:
-    """How many threads a kernel of so many steps is worth, of those that torch may use."""
-    most = torch.get_num_threads()
-    return most if most == 1 else max(1, min(most, steps // WORTH_A_THREAD))
+def threads_for(steps: int, worth: int = WORTH_A_THREAD) -> int:
+    """How many threads so many steps are worth, of those that torch may use.
+
+    Args:
+        steps: of a kernel's innermost loop, or what else is counted.
+        worth: how many of them a thread should have.
+    """
+    return max(1, min(torch.get_num_threads(), steps // worth))

@@ -15,8 +15,6 @@ of a row broadcast to every lane as the instruction reads them. */
 
 #include <string.h>
 
-#define PANEL 32
-#define TILE 12
 #define SHIFT 128
 #define AHEAD 1024 /* bytes of weights that are asked for before they are needed */
 
@@ -43,14 +41,6 @@ static int32_t start_of(const int8_t *row, ptrdiff_t k) {
     }
     return (int32_t)(0u - (uint32_t)_mm512_reduce_add_epi32(sum) * SHIFT);
 }
-
-/* Rows written out, so that every compiler keeps their sums in registers. */
-#define ROWS_1(DO) DO(0)
-#define ROWS_2(DO) ROWS_1(DO) DO(1)
-#define ROWS_4(DO) ROWS_2(DO) DO(2) DO(3)
-#define ROWS_6(DO) ROWS_4(DO) DO(4) DO(5)
-#define ROWS_8(DO) ROWS_6(DO) DO(6) DO(7)
-#define ROWS_12(DO) ROWS_8(DO) DO(8) DO(9) DO(10) DO(11)
 
 #define BEGIN(i) ints left_##i = all_ints(starts[i]), right_##i = left_##i;
 #define ADD(i)                                                                                    \

@@ -9,8 +9,6 @@ maximum (online softmax, arXiv 1805.02867), and its weights times the values are
 #include <math.h>
 #include <string.h>
 
-#define TILE 12
-#define PANEL 32
 #define QUERIES 192
 #define MOST_KEYS 512
 #define MOST_SIZE 256
@@ -33,8 +31,6 @@ typedef struct {
     int causal;
 } Attention;
 
-/* Rows written out, so that every compiler keeps their sums in registers. */
-#define ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
 #define CLEAR(i) floats left_##i = _mm512_setzero_ps(), right_##i = left_##i;
 #define ADD(i)                                                                                    \
     one = all(rows[i * step + at]);                                                               \
@@ -50,14 +46,14 @@ static __attribute__((noinline)) void product(const float *rows, ptrdiff_t step,
                                               const float *columns, ptrdiff_t column_step,
                                               uint32_t wide, float *out, ptrdiff_t out_step) {
     const __mmask16 low = (__mmask16)wide, high = (__mmask16)(wide >> 16);
-    ROWS(CLEAR)
+    ROWS_12(CLEAR)
     for (ptrdiff_t at = 0; at < count; at++, columns += column_step) {
         const floats left = _mm512_maskz_loadu_ps(low, columns);
         const floats right = _mm512_maskz_loadu_ps(high, columns + LANES);
         floats one;
-        ROWS(ADD)
+        ROWS_12(ADD)
     }
-    ROWS(STORE)
+    ROWS_12(STORE)
 }
 
 /* 16 x 16 floats to their transpose, by four steps of exchanges. */

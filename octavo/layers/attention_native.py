@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -59,15 +60,7 @@ def why_not(
     asked = "auto" if torch.compiler.is_compiling() else asked_backend()
     if asked != "auto" or torch.is_autocast_enabled("cpu"):
         return "another backend or dtype is asked for"
-    return _why_not_here()
-
-
-def _why_not_here() -> str:
     return LIBRARY.why_not()
-
-
-# torch.compile takes the answer as it is while it traces
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(
@@ -148,17 +141,11 @@ def _room(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(batch, queries, heads, size).transpose(1, 2)
 
 
-def _run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-) -> torch.Tensor:
+def _run(*given: Any) -> torch.Tensor:
     """The operator, which also runs where a program that was exported is loaded."""
+    q, k, v, mask, scale, causal = given
     if not why_not(q, k, v, mask):
-        return _attend(q, k, v, mask, scale, causal)
+        return _attend(*given)
     shared = q.shape[1] != k.shape[1]
     y = functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=shared

@@ -27,15 +27,7 @@ def why_not(x: torch.Tensor, prologue: Prologue, per_token: bool) -> str:
     before = p.norm != "none" or p.activation != "none" or p.smooth is not None
     if x.dtype != torch.float32 or not per_token or before:
         return "it takes float32, a scale a token, and nothing before it"
-    return _why_not_here()
-
-
-def _why_not_here() -> str:
     return LIBRARY.why_not()
-
-
-# torch.compile takes the answer as it is while it traces
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dynamic_quantize(

@@ -2,7 +2,7 @@
 
 #include "native_tiles.h"
 
-#define BLOCK 192           /* rows that go by weights which no cache holds */
+#define BLOCK 192          /* rows that go by weights which no cache holds */
 #define CACHED (640 << 10) /* bytes of weights that the second cache holds */
 
 enum activation { NONE, RELU, RELU6, GELU, GELU_TANH, SILU, HARDSWISH };
@@ -95,9 +95,8 @@ INLINE void write(floats y, __mmask16 mask, ptrdiff_t at, const Epilogue *e) {
 
 /* The epilogue of a tile. `activation` and `plain`, which is float32 without a residual, are
 constants where it is called, so that no branch stands in the loop. */
-INLINE void finish(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row,
-                   ptrdiff_t column, ptrdiff_t n, const Epilogue *epilogue, const int activation,
-                   const int plain) {
+INLINE void finish(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row, ptrdiff_t column,
+                   ptrdiff_t n, const Epilogue *epilogue, const int activation, const int plain) {
     const Epilogue e = *epilogue;
     for (int half = 0; half < PANEL && column + half < n; half += LANES) {
         const Columns c = columns_at(column + half, n, &e);
@@ -124,13 +123,13 @@ INLINE void finish(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row,
 }
 
 /* The same for the activation and the form of the result that were asked for. */
-static void finish_any(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row,
-                       ptrdiff_t column, ptrdiff_t n, const Epilogue *e) {
+static void finish_any(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row, ptrdiff_t column,
+                       ptrdiff_t n, const Epilogue *e) {
     const int plain = e->output == FLOAT32 && !e->residual;
 #define FINISH(name)                                                                              \
     case name:                                                                                    \
-        if (plain) finish(sums, rows, row, column, n, e, name, 1);                      \
-        else finish(sums, rows, row, column, n, e, name, 0);                            \
+        if (plain) finish(sums, rows, row, column, n, e, name, 1);                                \
+        else finish(sums, rows, row, column, n, e, name, 0);                                      \
         break;
     switch (e->activation) {
         FINISH(NONE)

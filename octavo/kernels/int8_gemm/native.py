@@ -43,15 +43,7 @@ def why_not(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
         return f"the tensors are on {x.device.type}"
     if not x.numel() or not w.numel():
         return "there is nothing to multiply"
-    return _why_not_here()
-
-
-def _why_not_here() -> str:
     return LIBRARY.why_not()
-
-
-# see int_mm: torch.compile takes the answer as it is while it traces
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:

@@ -15,7 +15,7 @@ from octavo.kernels.int8_gemm import int_mm, native
 from octavo.kernels.result_memory import new_result
 from octavo.layers.shared_codes import SharedCodes
 
-__all__ = ["body_for", "dynamic_linear"]
+__all__ = ["body_for", "codes_of", "dynamic_linear"]
 
 
 def body_for(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str:
@@ -68,7 +68,7 @@ def dynamic_linear(
     Returns:
         float32 [..., N].
     """
-    codes, scale = _codes(x) if shared is None else shared.codes(x, _codes)
+    codes, scale = codes_of(x) if shared is None else shared.codes(x, codes_of)
     note("int8_gemm", body)
     if body == "native":
         y = new_result(*x.shape[:-1], weight.shape[0])
@@ -80,9 +80,17 @@ def dynamic_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def codes_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `dynamic_quantize` gives a token, past its operator.
+
+    Args:
+        x: float32 [..., K] on a CPU, with something in it, in a plain call.
+
+    Returns:
+        codes int8 [R, K], contiguous, and scales float32 [R, 1].
+    """
     rows = x.detach().reshape(-1, x.shape[-1])
-    if native_quantize.LIBRARY.why_not():
+    if asked_backend() not in ("auto", "native") or native_quantize.LIBRARY.why_not():
         note("dynamic_quantize", "reference")
         return quantize_rows(rows)
     note("dynamic_quantize", "native")

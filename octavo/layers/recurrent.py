@@ -12,10 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from octavo.core.errors import InputError
 from octavo.kernels import dynamic_quantize
-from octavo.kernels.dispatch import asked_backend, is_plain_call, note
-from octavo.kernels.dynamic_quantize import native
-from octavo.kernels.dynamic_quantize.reference import quantize_rows
+from octavo.kernels.dispatch import is_plain_call
 from octavo.layers.linear import compute_dtype
+from octavo.layers.linear_cpu import codes_of
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent_layout import Padded, Ragged, Sequences
 from octavo.layers.recurrent_steps import Inputs, gru_steps, lstm_steps
@@ -324,11 +323,5 @@ def _quantized(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     plain = is_plain_call(data) and data.dtype == torch.float32 and data.device.type == "cpu"
     if not plain or data.numel() == 0:
         return dynamic_quantize(data)
-    rows = data.detach().reshape(-1, data.shape[-1])
-    if asked_backend() in ("auto", "native") and not native.LIBRARY.why_not():
-        codes, scale = native.quantize_rows(rows)
-        note("dynamic_quantize", "native")
-    else:
-        codes, scale = quantize_rows(rows)
-        note("dynamic_quantize", "reference")
+    codes, scale = codes_of(data)
     return codes.view(data.shape), scale.view(data.shape[:-1])

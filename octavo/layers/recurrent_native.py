@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from octavo.kernels.dispatch import asked_backend
-from octavo.kernels.dynamic_quantize.native import quantize_rows
+from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.int8_gemm import native
-from octavo.kernels.native import INT, POINTER, SIZE, Library, pointer
+from octavo.kernels.native import INT, POINTER, SIZE, Library, pointer, threads_for
 from octavo.layers.recurrent_weights import QMAX, Way, derived
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def why_not(inputs: Inputs) -> str:
         return f"{asked_backend()} was asked for"
     if not inputs.codes.numel() or not inputs.weights.recurrent[0].numel():
         return "there is nothing to multiply"
-    return LIBRARY.why_not()
+    libraries = LIBRARY, native.LIBRARY, native_quantize.LIBRARY
+    return next((reason for one in libraries if (reason := one.why_not())), "")
 
 
 def steps(
@@ -77,7 +78,7 @@ def steps(
         codes, limits = inputs.codes.new_zeros(2, batch, size), None
         if first is not None:
             limits = _first_codes(first[index], codes[0], cell is None)
-        threads = _threads(batch * way.panels.numel())
+        threads = threads_for(batch * way.panels.numel(), WORTH_A_THREAD)
         for start, end, rows, gates in _chunks(inputs, index, way):
             LIBRARY.octavo_recurrent_steps(
                 *(gates.data_ptr(), rows, start, end, pointer(sizes)),
@@ -91,17 +92,12 @@ def steps(
 def _first_codes(hidden: torch.Tensor, codes: torch.Tensor, is_gru: bool) -> torch.Tensor:
     """Fills the codes [B, H] of a hidden state, and says what no |h| of a row exceeds, [B, 1]."""
     if not is_gru:
-        quantized, scale = quantize_rows(hidden)
+        quantized, scale = native_quantize.quantize_rows(hidden)
         codes.copy_(quantized)
         return scale.mul_(QMAX)
     limit = hidden.abs().amax(-1, keepdim=True).clamp_(min=1)
     codes.copy_((hidden * (QMAX / limit)).round_())
     return limit
-
-
-def _threads(products: int) -> int:
-    """How many threads so many products of codes are worth."""
-    return max(1, min(torch.get_num_threads(), products // WORTH_A_THREAD))
 
 
 def _chunks(inputs: Inputs, index: int, way: Way) -> Iterator[tuple[int, int, int, torch.Tensor]]:
@@ -119,7 +115,7 @@ def _chunks(inputs: Inputs, index: int, way: Way) -> Iterator[tuple[int, int, in
         if end - start < count or rows < batch:
             some, by = codes[start:end, :rows], scale[start:end, :rows]
         some, by = some.contiguous(), by.contiguous()
-        threads = _threads(some.numel() * width // PER_INPUT)
+        threads = threads_for(some.numel() * width // PER_INPUT, WORTH_A_THREAD)
         native.product(
             some, way.input, by, way.input_scale, way.input_bias, "none", gates, threads=threads
         )

@@ -219,7 +219,7 @@ def gate_panels(codes: torch.Tensor) -> torch.Tensor:
         codes: int8 [gates * H, H].
 
     Returns:
-        codes plus 128, uint8 [gates * ceil(H / 32), ceil(H / 4), 32, 4].
+        codes plus 128, uint8 [gates * ceil(H / 32), ceil(H / 4), 32 * 4].
     """
     n, size = codes.shape
     gates = codes.view(n // size, size, size)

@@ -23,13 +23,11 @@ class Edits:
         self._back: list[Callable[[], object]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute."""
-        self._back.append(partial(setattr, owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def add(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute that was not there."""
-        self._back.append(partial(delattr, owner, name))
+        """Sets an attribute, which need not be there."""
+        if hasattr(owner, name):
+            self._back.append(partial(setattr, owner, name, getattr(owner, name)))
+        else:
+            self._back.append(partial(delattr, owner, name))
         setattr(owner, name, value)
 
     def hook(self, handle: RemovableHandle) -> None:

@@ -166,8 +166,7 @@ def _attend(module: nn.Module, edits: Edits) -> None:
     """A module with quantized queries attends with our function, where that can."""
     if any(isinstance(module._modules.get(names[0]), QuantizedModule) for names in ATTENDING):
         attention_transformers.wrap_sdpa()
-        if not getattr(module, attention_transformers.MARK, False):
-            edits.add(module, attention_transformers.MARK, True)
+        edits.set(module, attention_transformers.MARK, True)
 
 
 def _share_codes(module: nn.Module, edits: Edits) -> None:

@@ -44,25 +44,28 @@ static int32_t start_of(const int8_t *row, ptrdiff_t k) {
 
 #define BEGIN(i) ints left_##i = all_ints(starts[i]), right_##i = left_##i;
 #define ADD(i)                                                                                    \
-    four = all_ints(group(x + i * k + at, 4));                                                    \
+    four = all_ints(group(third[(i) / 3] + (i) % 3 * k, 4));                                      \
     left_##i = _mm512_dpbusd_epi32(left_##i, w_left, four);                                       \
     right_##i = _mm512_dpbusd_epi32(right_##i, w_right, four);
 #define STORE(i)                                                                                  \
     _mm512_storeu_si512(sums[i], left_##i);                                                       \
     _mm512_storeu_si512(sums[i] + LANES, right_##i);
 
-/* Sums of COUNT rows by a panel, over the groups of four codes that are whole. */
+/* Sums of COUNT rows by a panel, over the groups of four codes that are whole. Every third row has
+a pointer: from it an address reaches two further rows, so that all fit into registers. */
 #define TILE_OF(COUNT)                                                                            \
     static __attribute__((noinline)) void tile_of_##COUNT(                                        \
         const int8_t *x, const uint8_t *w, ptrdiff_t k, const int32_t *starts,                    \
         int32_t sums[TILE][PANEL]) {                                                              \
+        const int8_t *third[] = {x, x + 3 * k, x + 6 * k, x + 9 * k};                             \
         ROWS_##COUNT(BEGIN)                                                                       \
-        for (ptrdiff_t at = 0; at + 4 <= k; at += 4, w += 4 * PANEL) {                            \
+        for (const int8_t *end = x + k / 4 * 4; third[0] < end; w += 4 * PANEL) {                 \
             const ints w_left = _mm512_loadu_si512(w), w_right = _mm512_loadu_si512(w + 64);      \
             ints four;                                                                            \
             _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);                                   \
             _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);                              \
             ROWS_##COUNT(ADD)                                                                     \
+            third[0] += 4, third[1] += 4, third[2] += 4, third[3] += 4;                           \
         }                                                                                         \
         ROWS_##COUNT(STORE)                                                                       \
     }

@@ -2,7 +2,8 @@
 
 #include "native_tiles.h"
 
-#define BLOCK 192          /* rows that go by weights which no cache holds */
+#define HIGH 16            /* tiles of rows that go by weights which no cache holds */
+#define SHARES 4           /* parts of the work that a thread should find */
 #define CACHED (640 << 10) /* bytes of weights that the second cache holds */
 
 enum activation { NONE, RELU, RELU6, GELU, GELU_TANH, SILU, HARDSWISH };
@@ -142,18 +143,28 @@ static void finish_any(int32_t sums[TILE][PANEL], int rows, ptrdiff_t row, ptrdi
     }
 }
 
+/* Asks for the lines that a tile will write, while its products are computed. */
+INLINE void ask_for(const Epilogue *e, ptrdiff_t rows, ptrdiff_t at, ptrdiff_t n) {
+    const ptrdiff_t size = e->output == FLOAT32 || e->output == SUMS ? 4 : e->output == CODES ? 1 : 2;
+    for (ptrdiff_t i = 0; i < rows && i < TILE; i++) {
+        const char *line = (const char *)e->out + (at + i * n) * size;
+        for (ptrdiff_t byte = 0; byte < PANEL * size; byte += 64) __builtin_prefetch(line + byte, 1);
+    }
+}
+
 /* One block of rows by some panels: as many at a time as the second cache holds, and each tile of
 rows by all of these, since results are best written along their rows. */
 static void block(const Product *p, ptrdiff_t row, ptrdiff_t end, ptrdiff_t panel,
                   ptrdiff_t last_panel) {
     const ptrdiff_t k = p->k, cached = panel_size(k) < CACHED ? CACHED / panel_size(k) : 1;
-    int32_t starts[BLOCK], sums[TILE][PANEL];
+    int32_t starts[HIGH * TILE], sums[TILE][PANEL];
     for (ptrdiff_t i = row; i < end; i++) starts[i - row] = start_of(p->x + i * k, k);
     for (; panel < last_panel; panel += cached) {
         const ptrdiff_t stop = panel + cached < last_panel ? panel + cached : last_panel;
         for (ptrdiff_t i = row, rows = 0; i < end; i += rows)
             for (ptrdiff_t j = panel; j < stop; j++) {
                 const uint8_t *w = p->w + j * panel_size(k);
+                ask_for(&p->epilogue, end - i, i * p->n + j * PANEL, p->n);
                 rows = tile(p->x + i * k, w, k, end - i, starts + (i - row), sums);
                 finish_any(sums, rows, i, j * PANEL, p->n, &p->epilogue);
             }
@@ -161,7 +172,9 @@ static void block(const Product *p, ptrdiff_t row, ptrdiff_t end, ptrdiff_t pane
 }
 
 /* The arguments are those of `Product` and `Epilogue`; pointers may be NULL for what is left out.
-Work is shared by blocks of rows and, where these are few, by groups of panels. */
+Work is shared by blocks of rows, equally high but for a tile, and by groups of panels where blocks
+are few or would be shared unequally. Rows of a block lie together: threads that write every other
+row slow each other down. */
 void octavo_int8_gemm(const int8_t *x, const uint8_t *w, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k,
                       const float *scale_x, ptrdiff_t scale_x_step, const float *scale_w,
                       ptrdiff_t scale_w_step, const float *bias, const int32_t *integer_bias,
@@ -170,14 +183,17 @@ void octavo_int8_gemm(const int8_t *x, const uint8_t *w, ptrdiff_t m, ptrdiff_t 
     const Product p = {x, w, m, n, k,
                        {scale_x, scale_x_step, scale_w, scale_w_step, bias, integer_bias,
                         activation, residual, output, out_scale, out_zero_point, out}};
-    const ptrdiff_t size = n * k > CACHED ? BLOCK : 2 * TILE;
-    const ptrdiff_t blocks = (m + size - 1) / size, panels = (n + PANEL - 1) / PANEL;
-    ptrdiff_t groups = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
+    const ptrdiff_t tiles = (m + TILE - 1) / TILE, panels = (n + PANEL - 1) / PANEL;
+    const ptrdiff_t shares = threads > 1 ? SHARES * threads : 1;
+    ptrdiff_t blocks = (tiles + HIGH - 1) / HIGH;
+    if (n * k <= CACHED && blocks < shares) blocks = shares < tiles ? shares : tiles;
+    ptrdiff_t groups = (shares + blocks - 1) / blocks;
+    while (blocks * groups % threads) groups++;
     if (groups > panels) groups = panels;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
     for (ptrdiff_t b = 0; b < blocks; b++)
         for (ptrdiff_t g = 0; g < groups; g++) {
-            const ptrdiff_t row = b * size, end = row + size < m ? row + size : m;
-            block(&p, row, end, g * panels / groups, (g + 1) * panels / groups);
+            const ptrdiff_t row = b * tiles / blocks * TILE, end = (b + 1) * tiles / blocks * TILE;
+            block(&p, row, end < m ? end : m, g * panels / groups, (g + 1) * panels / groups);
         }
 }

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from octavo.layers.conv import Int8Conv2d, signed
-from octavo.layers.fuse.steps import has_hooks
+
 from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
 from octavo.layers.linear import Int8Linear
+from octavo.layers.structure import has_hooks
 from octavo.quant import QParams
 
 __all__ = ["Form", "Weights", "int8_layer", "names_in", "parts_of"]

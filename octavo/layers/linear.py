@@ -154,17 +154,22 @@ class Int8Linear(QuantizedModule):
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether x is quantized with a scale a token, and nothing before it."""
+        return self._buffers["smooth"] is None and self._buffers["input_scale"] is None
+
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
         own = self._buffers  # looking an attribute up takes longer than some layers' arithmetic
-        if rows is None and own["smooth"] is None and own["input_scale"] is None:
+        if rows is None and self.is_dynamic:
             weight, scale, bias = self.weight, self.weight_scale, own["bias"]
             body = linear_cpu.body_for(x, weight, scale, bias)
             if body:
                 return linear_cpu.dynamic_linear(
                     body, x, weight, scale, bias, self.activation, self.shared
                 )
-        if self.input_scale is None and self.smooth is None and self.shared is not None:
+        if self.is_dynamic and self.shared is not None:
             codes, scale_x = self.shared.codes(x, dynamic_quantize)
         elif self.input_scale is None:
             codes, scale_x = dynamic_quantize(x, smooth=self.smooth)

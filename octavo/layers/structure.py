@@ -13,7 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
 from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
 
-__all__ = ["Edits", "activation_of", "following_activations", "places", "take_apart"]
+__all__ = [
+    "Edits",
+    "Leaves",
+    "activation_of",
+    "following_activations",
+    "has_hooks",
+    "places",
+    "take_apart",
+]
 
 
 class Edits:
@@ -46,6 +54,17 @@ def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str
         for name, child in parent._modules.items():
             if child is module:
                 yield parent, name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of the caller's runs when the module does."""
+    return bool(
+        "forward" in vars(module)  # a function that was put in its place
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def take_apart(model: nn.Module, edits: Edits) -> dict[str, str]:
@@ -85,7 +104,7 @@ def following_activations(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Modu
 
 def _traced(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]]:
     try:
-        graph = _Leaves().trace(parent)
+        graph = Leaves().trace(parent)
     except Exception:
         return
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
@@ -103,10 +122,10 @@ def _traced(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]
             yield parent, layer, user.target, kind
 
 
-class _Leaves(fx.Tracer):
-    """Looks into no child."""
+class Leaves(fx.Tracer):
+    """Traces the code of a module, and looks into no child."""
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002, D102
         return True
 
 

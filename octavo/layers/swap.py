@@ -9,6 +9,7 @@ from torch import nn
 
 from octavo.core.errors import OctavoError
 from octavo.layers import attention_transformers
+from octavo.layers.add_norm import add_norm
 from octavo.layers.gptq import gptq
 from octavo.layers.inputs import LayerInputs
 from octavo.layers.linear import Int8Linear
@@ -155,11 +156,12 @@ def drop_activation(parent: nn.Module, attribute: str, edits: Edits) -> None:
 
 def finish(model: nn.Module, edits: Edits) -> None:
     """What modules around quantized layers need to know, once these are in their places."""
-    for module in model.modules():
+    for module in list(model.modules()):
         keep_off_fused_kernels(module, edits)
         if type(module).__module__.startswith("transformers.models."):
             _share_codes(module, edits)
             _attend(module, edits)
+            _add_and_normalize(model, module, edits)
 
 
 def _attend(module: nn.Module, edits: Edits) -> None:
@@ -169,6 +171,14 @@ def _attend(module: nn.Module, edits: Edits) -> None:
         edits.set(module, attention_transformers.MARK, True)
 
 
+def _add_and_normalize(model: nn.Module, module: nn.Module, edits: Edits) -> None:
+    """A module that ends a block adds and normalizes with our function, where that can."""
+    found = add_norm(module)
+    if found is not None:
+        for parent, attribute in list(places(model, module)):
+            edits.set(parent, attribute, found)
+
+
 def _share_codes(module: nn.Module, edits: Edits) -> None:
     """Projections of transformers' modules quantize once what they are all given.
 
@@ -176,11 +186,7 @@ def _share_codes(module: nn.Module, edits: Edits) -> None:
     """
     for names in (*ATTENDING, ("gate_proj", "up_proj")):
         layers = [module._modules.get(name) for name in names]
-        dynamic = [
-            layer
-            for layer in layers
-            if isinstance(layer, Int8Linear) and layer.input_scale is None and layer.smooth is None
-        ]
+        dynamic = [layer for layer in layers if isinstance(layer, Int8Linear) and layer.is_dynamic]
         if len(dynamic) < 2 or any(layer.shared is not None for layer in dynamic):
             continue
         shared = SharedCodes()

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from octavo.layers.fuse.steps import has_hooks
-from octavo.layers.structure import activation_of
+from octavo.layers.structure import activation_of, has_hooks
 
 __all__ = ["activation_after", "is_activation"]
 

@@ -14,8 +14,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from octavo.layers.fuse.steps import has_hooks
-from octavo.layers.structure import places
+from octavo.layers.structure import has_hooks, places
 
 __all__ = ["recorded", "sequential"]
 

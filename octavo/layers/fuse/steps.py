@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from octavo.layers.geometry import Padding, pair, sides
+from octavo.layers.structure import has_hooks
 
 __all__ = [
     "Add",
@@ -22,7 +23,6 @@ __all__ = [
     "Refusal",
     "Step",
     "asks_size",
-    "has_hooks",
     "is_nothing",
     "read",
 ]
@@ -194,17 +194,6 @@ def asks_size(node: fx.Node, known: Collection[fx.Node]) -> bool:
     if not (plain or node.op == "call_method" or node.target is torch._assert):
         return False  # torch.zeros(x.shape) is a tensor again
     return bool(node.all_input_nodes) and all(one in known for one in node.all_input_nodes)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something of the caller's runs when the module does."""
-    return bool(
-        "forward" in vars(module)  # a function that was put in its place
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _conv_module(node: fx.Node, module: nn.Conv2d) -> Step:

@@ -15,9 +15,9 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from octavo.layers.fuse.activations import is_activation
-from octavo.layers.fuse.steps import has_hooks
 from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
 from octavo.layers.module import QuantizedModule
+from octavo.layers.structure import has_hooks
 
 __all__ = [
     "FusedModel",

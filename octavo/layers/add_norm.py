@@ -1,0 +1,165 @@
+"""LayerNorm(linear(x) + residual), with which the blocks of transformers' encoders end.
+
+Torch goes through memory once for the sum and again for the norm, and asks the system for new
+memory each time: beside an INT8 product that counts. On a CPU the C here does both where the
+product lies.
+"""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+from octavo.layers.linear import Int8Linear
+from octavo.layers.linear_cpu import body_for, dynamic_linear
+from octavo.layers.structure import Leaves, has_hooks
+
+__all__ = ["AddNorm", "add_norm"]
+
+LANES = 16
+LIBRARY = Library(
+    Path(__file__).with_suffix(".c"), {"octavo_add_norm": [*[POINTER] * 4, FLOAT, SIZE, SIZE, INT]}
+)
+
+
+class AddNorm(nn.Module):
+    """Stands for a module whose code is LayerNorm(dropout(linear(x)) + residual).
+
+    It has that module's children under their names. Where C can run, nobody looks into the call and
+    no gradient is wanted, the sum and the norm are computed in C, and differ from torch's in the
+    last bits; any other call runs the module's own code.
+
+    Args:
+        kind: class of the module.
+        children: its layers by name.
+        roles: names of its linear layer, its norm, and its dropout or nothing.
+    """
+
+    def __init__(
+        self, kind: type[nn.Module], children: dict[str, nn.Module], roles: tuple[str, str, str]
+    ) -> None:
+        super().__init__()
+        self.kind, self.roles = kind, roles
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """From x [..., K] and a residual [..., N] to [..., N], called as the module's own code is."""
+        parts = self._plain_parts()
+        if parts is not None and len(args) == 2 and not kwargs and _fits(*parts, *args):
+            return _in_c(*parts, *args)
+        return self.kind.forward(self, *args, **kwargs)
+
+    def _plain_parts(self) -> tuple[Int8Linear, nn.LayerNorm] | None:
+        """The layers, if nobody would see that they are not called themselves."""
+        if torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        linear, norm, dropout = (self._modules.get(name) for name in self.roles)
+        if not isinstance(linear, Int8Linear) or not isinstance(norm, nn.LayerNorm):
+            return None  # somebody has put another layer there
+        if any(one is not None and has_hooks(one) for one in (linear, norm, dropout)):
+            return None
+        if dropout is not None and dropout.training:
+            return None
+        return linear, norm
+
+    def extra_repr(self) -> str:
+        """Whose place it takes."""
+        return f"of {self.kind.__name__}"
+
+
+def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> bool:
+    """Whether `_in_c` can take these."""
+    floats: list[torch.Tensor] = [
+        one for one in (residual, norm.weight, norm.bias) if one is not None
+    ]
+    weight = linear.weight
+    return (
+        linear.is_dynamic
+        and body_for(x, weight, linear.weight_scale, linear.bias, *floats) == "native"
+        and norm.normalized_shape == weight.shape[:1]
+        and residual.shape == (*x.shape[:-1], len(weight))
+        and all(one.dtype == torch.float32 and one.is_cpu for one in floats)
+        and all(one.is_contiguous() for one in floats)
+        and not LIBRARY.why_not()
+    )
+
+
+def _in_c(
+    linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    y = dynamic_linear(
+        "native", x, linear.weight, linear.weight_scale, linear.bias, linear.activation
+    )
+    n = y.shape[-1]
+    LIBRARY.octavo_add_norm(
+        y.data_ptr(),
+        residual.data_ptr(),
+        pointer(norm.weight),
+        pointer(norm.bias),
+        norm.eps,
+        y.numel() // n,
+        n,
+        threads_for(y.numel() // LANES),
+    )
+    return y
+
+
+def add_norm(module: nn.Module) -> AddNorm | None:
+    """What can take a module's place; nothing for one with other code than `AddNorm` knows."""
+    children = dict(module.named_children())
+    linear = [one for one in children.values() if isinstance(one, Int8Linear)]
+    if has_hooks(module) or len(linear) != 1 or not linear[0].is_dynamic:
+        return None
+    # what its code reads of the module is all that it will find
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or not set(code.co_names) <= {*children, "torch", "add"}:
+        return None
+    roles = _roles(module)
+    return AddNorm(type(module), children, roles).train(module.training) if roles else None
+
+
+def _roles(module: nn.Module) -> tuple[str, str, str] | None:
+    """Names of the linear layer, the norm and the dropout of a module that is nothing else."""
+    try:
+        nodes = list(Leaves().trace(module).nodes)
+    except Exception:  # code that torch.fx cannot follow
+        return None
+    given = [node for node in nodes if node.op == "placeholder"]
+    (norm,) = nodes[-1].args
+    if len(given) != 2 or _called(module, norm) is not nn.LayerNorm or len(norm.args) != 1:
+        return None
+    (total,) = norm.args
+    if not _adds(total) or given[1] not in total.args:
+        return None
+    (value,) = (one for one in total.args if one is not given[1])
+    dropout = value if _called(module, value) is nn.Dropout else None
+    linear = value if dropout is None else dropout.args[0]
+    if _called(module, linear) is not Int8Linear or linear.args != (given[0],):
+        return None
+    steps = [linear, dropout, total, norm] if dropout is not None else [linear, total, norm]
+    if nodes[2:-1] != steps:
+        return None
+    return linear.target, norm.target, dropout.target if dropout is not None else ""
+
+
+def _called(module: nn.Module, node: Any) -> type | None:
+    """The class of the child that a node calls with one tensor."""
+    fitting = isinstance(node, fx.Node) and node.op == "call_module" and not node.kwargs
+    return type(module.get_submodule(str(node.target))) if fitting else None
+
+
+def _adds(node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_function"
+        and node.target in (operator.add, torch.add)
+        and len(node.args) == 2
+        and not node.kwargs
+    )

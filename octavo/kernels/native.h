@@ -55,28 +55,6 @@ INLINE floats sigmoid(floats x) {
     return _mm512_div_ps(all(1.0f), _mm512_add_ps(all(1.0f), e));
 }
 
-/* The share of a normal distribution below x, less a half: x times a polynomial in x**2 fitted for
-the least largest error, 1e-8; beyond 5.5 it is a half in float32 but for 2e-8. */
-INLINE floats normal_share(floats x) {
-    static const float terms[] = {
-        6.315577193e-4f,  -5.291500711e-4f, 7.201107219e-4f,  -2.418624004e-3f, 4.621775355e-3f,
-        -6.819928531e-3f, 1.022783108e-2f,  -1.499907114e-2f, 2.036456577e-2f,  -2.604826167e-2f,
-        3.207026049e-2f,  -3.879278526e-2f, 4.773762822e-2f,  -6.417233497e-2f, 1.285519302e-1f,
-    };
-    const float end = 5.5f;
-    const floats t = _mm512_fmsub_ps(_mm512_mul_ps(x, x), all(2 / (end * end)), all(1.0f));
-    floats p = all(-2.364126412e-4f);
-    for (int i = 0; i < (int)(sizeof terms / sizeof *terms); i++)
-        p = _mm512_fmadd_ps(p, t, all(terms[i]));
-    p = _mm512_mul_ps(p, x);
-    p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, all(end), _CMP_GE_OQ), all(0.5f));
-    return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, all(-end), _CMP_LE_OQ), all(-0.5f));
-}
-
-INLINE floats gelu(floats x) {
-    return _mm512_mul_ps(x, _mm512_add_ps(normal_share(x), all(0.5f)));
-}
-
 /* x / (1 + exp(-2 u)), as (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)); u = sqrt(2/pi) (x + ...). */
 INLINE floats gelu_tanh(floats x) {
     const floats cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);

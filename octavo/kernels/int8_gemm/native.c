@@ -1,5 +1,6 @@
 /* y = activation((x @ w.T) * scale_x * scale_w + bias) + residual, on a CPU with AVX-512 VNNI. */
 
+#include "native_gelu.h"
 #include "native_tiles.h"
 
 #define HIGH 16            /* tiles of rows that go by weights which no cache holds */

@@ -39,7 +39,8 @@ FLAGS = (
     *(f"-m{name.replace('_', '')}" for name in NEEDED), "-mfma",
 )  # fmt: skip
 OPTIONAL = ("avx512_bf16",)
-"""Instructions that C uses where the processor has them and the compiler knows them."""
+"""Instructions that C may use where the processor has them and the compiler knows them; it asks
+with `#ifdef`."""
 HEADERS = Path(__file__).parent
 PATIENCE = 120
 """Seconds that a compiler may take."""

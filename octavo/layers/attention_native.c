@@ -1,8 +1,9 @@
 /* softmax(q @ k.T * scale + mask) @ v in float32, on a CPU with AVX-512.
 
-Keys and values are taken in blocks, packed, that a cache holds. Queries go through them in tiles of
-12 rows: scores of a tile by 32 keys in 24 registers, then what a row has so far is scaled to its new
-maximum (online softmax, arXiv 1805.02867), and its weights times the values are added to it.
+Keys and values are taken in blocks, packed, that a cache holds. Queries go through them in tiles
+of 12 rows: scores of a tile by 32 keys in 24 registers, then what a row has so far is scaled to its
+new maximum (online softmax, arXiv 1805.02867), and its weights times the values are added to it.
+Scores are in units of log(2), so that weights are powers of two.
 
 A word, 32 bits, is what one step of a product takes of a row. It is a float, or where the processor
 multiplies bfloat16 a pair of them: features that follow each other of a query or a key, weights and
@@ -10,14 +11,14 @@ values of keys that follow each other. Sums are float32 either way. */
 
 #include "native.h"
 
+#include <float.h>
 #include <math.h>
-#include <string.h>
 
 #define QUERIES 192
 #define MOST_KEYS 512
 #define MOST_SIZE 256
-#define ROOM (1 << 15)           /* words of a block's keys, and of its values */
-#define STEP (MOST_KEYS + LANES) /* words between rows of a tile: not a power of two, for the cache */
+#define ROOM (1 << 15) /* words of a block's keys, and of its values */
+#define STEP (MOST_KEYS + LANES) /* words between a tile's rows: no power of two, for the cache */
 #define LOG2E 1.44269504f
 
 typedef struct {
@@ -37,9 +38,9 @@ typedef struct {
     int causal;
 } Attention;
 
-/* Some keys and their values, packed. */
+/* Keys that follow each other and their values, packed. */
 typedef struct {
-    ptrdiff_t key, count;
+    ptrdiff_t key, count; /* the first, and how many */
     int last;
     const float *keys, *values;
 } Block;
@@ -48,7 +49,8 @@ typedef struct {
 
 #define DEPTH 2 /* numbers of a word */
 
-static const float POWERS[] = {7.826796919e-2f, 2.263076752e-1f, 6.954243183e-1f}; /* to 1e-4 */
+/* Terms of 2**x - 1 on [0, 1], from the highest, for the least largest error: 1e-4 of 2**x. */
+static const float POWERS[] = {7.826796919e-2f, 2.263076752e-1f, 6.954243183e-1f};
 
 INLINE floats multiply_add(floats rows, floats columns, floats sums) {
     return _mm512_dpbf16_ps(sums, (__m512bh)rows, (__m512bh)columns);
@@ -66,14 +68,13 @@ INLINE floats words_at(const float *from, ptrdiff_t count, float by) {
     return words_of(_mm512_mul_ps(left, all(by)), _mm512_mul_ps(right, all(by)));
 }
 
-/* Words [16] of what two rows have in the same place; `there` of the rows are there. */
-INLINE floats words_across(const float *from, ptrdiff_t step, ptrdiff_t there, __mmask16 mask) {
+/* Words [16] of what two rows have in the same places; `there` says if the second is there. */
+INLINE floats words_across(const float *from, ptrdiff_t step, int there, __mmask16 mask) {
     const floats one = _mm512_maskz_loadu_ps(mask, from);
-    const floats other = _mm512_maskz_loadu_ps(there > 1 ? mask : 0, from + step);
-    const ints high = _mm512_set1_epi32(0x10), low = _mm512_setr_epi32(
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const ints order = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, high), 16));
-    return (floats)_mm512_permutexvar_epi16(order, (ints)words_of(one, other));
+    const floats other = _mm512_maskz_loadu_ps(there ? mask : 0, from + step);
+    const ints low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(one));
+    const ints high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(other));
+    return (floats)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
 /* Writes 32 weights as words, and adds them to sums as they were rounded. */
@@ -87,8 +88,9 @@ INLINE floats keep(floats left, floats right, float *words, floats sums) {
 
 #define DEPTH 1
 
+/* As above, with an error of 2e-9. */
 static const float POWERS[] = {2.171531232e-4f, 1.244082814e-3f, 9.678065777e-3f,
-                               5.548415333e-2f, 2.402295172e-1f, 6.931470037e-1f}; /* to 2e-9 */
+                               5.548415333e-2f, 2.402295172e-1f, 6.931470037e-1f};
 
 INLINE floats multiply_add(floats rows, floats columns, floats sums) {
     return _mm512_fmadd_ps(rows, columns, sums);
@@ -98,7 +100,7 @@ INLINE floats words_at(const float *from, ptrdiff_t count, float by) {
     return _mm512_mul_ps(_mm512_maskz_loadu_ps(first(count), from), all(by));
 }
 
-INLINE floats words_across(const float *from, ptrdiff_t step, ptrdiff_t there, __mmask16 mask) {
+INLINE floats words_across(const float *from, ptrdiff_t step, int there, __mmask16 mask) {
     (void)step, (void)there;
     return _mm512_maskz_loadu_ps(mask, from);
 }
@@ -115,8 +117,8 @@ INLINE ptrdiff_t words(ptrdiff_t numbers) { return (numbers + DEPTH - 1) / DEPTH
 
 INLINE ptrdiff_t padded(ptrdiff_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
-/* 2**x for x <= 0: a polynomial of what is above the next lower integer, times 2**integer. 0 for
--inf, and NaN for NaN, without a word about them: both instructions say so. */
+/* 2**x for x <= 0: a polynomial of what x is above the next lower integer, times 2**integer. Both
+instructions take the integer themselves, and give 0 for -inf and NaN for NaN. */
 INLINE floats power(floats x) {
     const floats f = _mm512_reduce_ps(x, 1);
     floats p = all(POWERS[0]);
@@ -193,11 +195,12 @@ static void pack_values(const float *values, ptrdiff_t step, ptrdiff_t count, pt
         for (ptrdiff_t key = 0; key < count; key += DEPTH, panels += PANEL)
             for (ptrdiff_t i = 0; i < PANEL; i += LANES)
                 _mm512_store_ps(panels + i, words_across(values + key * step + at + i, step,
-                                                         count - key, first(size - at - i)));
+                                                         key + 1 < count, first(size - at - i)));
 }
 
-/* 16 scores as the masks leave them; keys from `end` on are hidden. A mask that is added may be as low
-as a float can be: its product is rounded towards zero, which such a key needs to stay above -inf. */
+/* 16 scores as the masks leave them; keys from `end` on are hidden. A mask that is added may hold
+the lowest float, which hides a key only from queries that see others: rounded towards zero, its
+product stays above -inf. */
 INLINE floats masked(const float *scores, const uint8_t *kept, const float *added, ptrdiff_t i,
                      ptrdiff_t end) {
     floats s = _mm512_load_ps(scores + i);
@@ -214,22 +217,22 @@ INLINE floats masked(const float *scores, const uint8_t *kept, const float *adde
     return _mm512_mask_mov_ps(all(-INFINITY), seen, s);
 }
 
-/* Scores of a row over `count` keys, a multiple of 32, become the words of 2**(score - maximum).
-Returns how much smaller what was found before becomes. */
+/* Scores of a row over `count` keys, a multiple of 32, become the words of 2**(score - maximum), in
+place. Returns how much smaller what was found before becomes. The maximum is a number even where no
+key was seen, so that differences from it are. */
 INLINE float soften(float *scores, ptrdiff_t count, const uint8_t *kept, const float *added,
                     ptrdiff_t end, float *most, float *sum) {
     floats peak = all(*most), total = _mm512_setzero_ps();
     for (ptrdiff_t i = 0; i < count; i += LANES)
         peak = _mm512_max_ps(peak, masked(scores, kept, added, i, end));
     const float top = _mm512_reduce_max_ps(peak);
-    const float base = top == -INFINITY ? 0.0f : top;
     for (ptrdiff_t i = 0; i < count; i += PANEL) {
         const floats left = masked(scores, kept, added, i, end);
         const floats right = masked(scores, kept, added, i + LANES, end);
-        total = keep(power(_mm512_sub_ps(left, all(base))), power(_mm512_sub_ps(right, all(base))),
+        total = keep(power(_mm512_sub_ps(left, all(top))), power(_mm512_sub_ps(right, all(top))),
                      scores + words(i), total);
     }
-    const float shrink = *most == -INFINITY ? 0.0f : exp2f(*most - base);
+    const float shrink = _mm512_cvtss_f32(power(all(*most - top)));
     *sum = *sum * shrink + _mm512_reduce_add_ps(total);
     *most = top;
     return shrink;
@@ -248,18 +251,26 @@ static void tile(const Attention *a, const Block *block, ptrdiff_t batch, ptrdif
             _mm512_store_ps(rows + i * STEP + d,
                             words_at(from + d * DEPTH, size - d * DEPTH, a->scale * LOG2E));
     }
+    for (ptrdiff_t i = 0; i < there; i++)
+        for (ptrdiff_t d = 0; d < size; d += LANES)
+            __builtin_prefetch(out + i * a->out_token + d, 1); /* it is written at the end */
     for (ptrdiff_t p = 0; p < width; p += PANEL)
         product(rows, words(size), block->keys + p * words(size), scores + p);
     for (ptrdiff_t i = 0; i < there; i++) {
         const ptrdiff_t at = batch * a->mask_batch + head * a->mask_head
                              + (query + i) * a->mask_query + block->key;
-        ptrdiff_t end = a->keys - block->key;
-        if (a->causal && query + i + 1 - block->key < end) end = query + i + 1 - block->key;
-        if (!a->kept && !a->added && end >= width)
-            shrink[i] = soften(scores + i * STEP, width, NULL, NULL, PTRDIFF_MAX, most + i, sums + i);
+        const uint8_t *kept = a->kept ? a->kept + at : NULL;
+        const float *added = a->added ? a->added + at : NULL;
+        const ptrdiff_t seen = query + i + 1 - block->key, there_are = a->keys - block->key;
+        const ptrdiff_t end = a->causal && seen < there_are ? seen : there_are;
+        float *row = scores + i * STEP;
+        /* written out for what most models ask: the loops of `soften` are then free of the rest */
+        if (end < width || added)
+            shrink[i] = soften(row, width, kept, added, end, most + i, sums + i);
+        else if (kept)
+            shrink[i] = soften(row, width, kept, NULL, PTRDIFF_MAX, most + i, sums + i);
         else
-            shrink[i] = soften(scores + i * STEP, width, a->kept ? a->kept + at : NULL,
-                               a->added ? a->added + at : NULL, end, most + i, sums + i);
+            shrink[i] = soften(row, width, NULL, NULL, PTRDIFF_MAX, most + i, sums + i);
     }
     for (ptrdiff_t d = 0; d < size; d += PANEL) {
         product(scores, words(block->count), block->values + d * words(block->count), rows);
@@ -282,7 +293,7 @@ static void attend(const Attention *a, ptrdiff_t batch, ptrdiff_t head, ptrdiff_
                    ptrdiff_t last_query) {
     static _Thread_local _Alignas(64) float packed_keys[ROOM], packed_values[ROOM];
     float most[QUERIES], sums[QUERIES];
-    for (ptrdiff_t i = 0; i < last_query - query; i++) most[i] = -INFINITY, sums[i] = 0.0f;
+    for (ptrdiff_t i = 0; i < last_query - query; i++) most[i] = -FLT_MAX, sums[i] = 0.0f;
     ptrdiff_t step = ROOM * DEPTH / padded(a->size) / PANEL * PANEL;
     if (step > MOST_KEYS) step = MOST_KEYS;
     const ptrdiff_t keys = a->causal && last_query < a->keys ? last_query : a->keys;
@@ -300,8 +311,8 @@ static void attend(const Attention *a, ptrdiff_t batch, ptrdiff_t head, ptrdiff_
 }
 
 /* q [B, H, T, D], k and v [B, H / sharing, S, D] and out [B, H, T, D], with steps between batches,
-heads and tokens, 12 numbers; a mask [B, H, T, S] with 3 numbers: bytes that keep a key, or floats that are
-added; either may be NULL. */
+heads and tokens, 12 numbers; a mask [B, H, T, S] with 3 numbers: bytes that keep a key, or floats
+that are added; either may be NULL. */
 void octavo_attention(const float *q, const float *k, const float *v, const uint8_t *kept,
                       const float *added, float *out, const ptrdiff_t *steps, ptrdiff_t batches,
                       ptrdiff_t heads, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size,

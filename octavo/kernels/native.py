@@ -38,6 +38,9 @@ FLAGS = (
     "-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
     *(f"-m{name.replace('_', '')}" for name in NEEDED), "-mfma",
 )  # fmt: skip
+OPTIONAL = ("avx512_bf16",)
+"""Instructions that C may use where the processor has them and the compiler knows them; it asks
+with `#ifdef`."""
 HEADERS = Path(__file__).parent
 PATIENCE = 120
 """Seconds that a compiler may take."""
@@ -124,7 +127,8 @@ def _compiled(source: Path) -> Path:
     compiler = str(_compiler())  # `why_not_here` has seen that there is one
     digest = hashlib.sha256()
     parts = [path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h")))]
-    for part in (*parts, " ".join(FLAGS).encode()):
+    flags = (*FLAGS, *_optional_flags(compiler))
+    for part in (*parts, " ".join(flags).encode()):
         digest.update(part + b"\0")
     digest.update(_version(compiler).encode())
     folder = cache_folder() / "native"
@@ -134,7 +138,7 @@ def _compiled(source: Path) -> Path:
         with FileLock(library.with_suffix(".lock")):
             if not library.is_file():
                 with atomic_path(library) as unfinished:
-                    _compile(compiler, source, unfinished)
+                    _compile(compiler, flags, source, unfinished)
     except OSError as error:
         raise _told(
             f"compiled C cannot be kept in {folder} ({error}); set OCTAVO_CACHE_DIR to a folder "
@@ -148,8 +152,18 @@ def _version(compiler: str) -> str:
     return _run([compiler, "--version"]).stdout
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    done = _run([compiler, *FLAGS, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"])
+def _optional_flags(compiler: str) -> tuple[str, ...]:
+    flags = tuple(f"-m{name.replace('_', '')}" for name in OPTIONAL if name in cpu_flags())
+    return tuple(flag for flag in flags if _takes(compiler, flag))
+
+
+@functools.cache
+def _takes(compiler: str, flag: str) -> bool:
+    return not _run([compiler, flag, "-fsyntax-only", "-x", "c", os.devnull]).returncode
+
+
+def _compile(compiler: str, flags: Sequence[str], source: Path, target: Path) -> None:
+    done = _run([compiler, *flags, f"-I{HEADERS}", str(source), "-o", str(target), "-lm"])
     if done.returncode:
         problem = (done.stderr.strip() or f"it exits with {done.returncode}").splitlines()[0]
         raise _told(f"{compiler} cannot compile {source.name}: {problem}")

@@ -28,7 +28,7 @@ TYPES = {"twice": [native.POINTER, native.SIZE, native.FLOAT]}
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of this test's own, and no answers remembered from another."""
     monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path / "cache"))
-    remembered = (native.why_not_here, native._compiler, native._version)
+    remembered = (native.why_not_here, native._compiler, native._version, native._takes)
     for function in remembered:
         function.cache_clear()
     yield tmp_path / "cache"
@@ -92,6 +92,33 @@ def test_a_processor_without_the_instructions(
 ) -> None:
     monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx2"}))
     assert library(tmp_path).why_not().startswith("this processor has no AVX-512 VNNI")
+
+
+def test_instructions_that_may_be_used(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the processor has them and the compiler knows them; C is compiled anew with others."""
+    source = """
+    #include "native.h"
+    #ifdef __AVX512VBMI__
+    #define BY 3
+    #else
+    #define BY 2
+    #endif
+    void twice(float *x, ptrdiff_t n, float by) { for (ptrdiff_t i = 0; i < n; i++) x[i] = BY; }
+    """
+    there = native.cpu_flags() | {"avx512vbmi", "no_such"}
+    x = torch.zeros(1)
+    for optional, has, wanted in (
+        (("avx512vbmi", "no_such"), there, 3),
+        (("avx512vbmi", "no_such"), there - {"avx512vbmi"}, 2),
+        ((), there, 2),
+    ):
+        monkeypatch.setattr(native, "OPTIONAL", optional)
+        monkeypatch.setattr(native, "cpu_flags", lambda has=has: has)
+        library(tmp_path, source).twice(x.data_ptr(), 1, 0.0)
+        assert x.item() == wanted
+    assert len(list(cache.rglob("*.so"))) == 2
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ class AddNorm(nn.Module):
             self.add_module(name, child)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """From x [..., K] and a residual [..., N] to [..., N], called as the module's own code is."""
+        """From x [..., K] and a residual [..., N] to [..., N], called like the module."""
         parts = self._plain_parts()
         if parts is not None and len(args) == 2 and not kwargs and _fits(*parts, *args):
             return _in_c(*parts, *args)

@@ -25,6 +25,7 @@ from octavo.layers.fuse.trace import FusedModel
 from octavo.layers.int8_forms import Form
 from octavo.layers.int8_modules import to_int8
 from octavo.layers.linear import Int8Linear
+from octavo.layers.linear_kinds import as_linear, is_linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent import Int8GRU, Int8LSTM
 from octavo.layers.structure import Edits, places
@@ -267,6 +268,7 @@ def _empty_layer(name: str, config: Mapping[str, Any], old: nn.Module) -> Quanti
         made = KINDS[settings.pop("kind")](**settings).train(old.training)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the settings of layer {name!r} are damaged: {error}") from error
+    old = as_linear(old) if is_linear(old) else old
     for setting, value in settings.items():
         mine = getattr(old, setting, value)
         if isinstance(mine, (int, str)) and type(mine) is type(value) and mine != value:

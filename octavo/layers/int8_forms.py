@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from octavo.layers.conv import Int8Conv2d, signed
-
 from octavo.layers.fused import FusedConv2d, FusedSeparableConv2d
 from octavo.layers.linear import Int8Linear
 from octavo.layers.structure import has_hooks

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from octavo.core.errors import InputError
 from octavo.layers.attention import RowsLinear
+from octavo.layers.linear_kinds import as_linear, is_linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recipes import Int4WeightOnly, Int8Static, Int8WeightOnly, Recipe
 
@@ -25,6 +26,7 @@ Selector: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 FEWEST = 128 * 128
 """Weights below which quantizing the input costs more than the smaller product saves."""
 _NEEDS_STATIC = "convolutions quantize with scales of whole tensors; use Int8Static()"
+OWN = (nn.Linear.forward, RowsLinear.forward)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -96,7 +98,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, parametrize.ParametrizationList):
             continue  # it makes a weight for the layer that holds it
         wide = any(p.ndim > 1 for p in module.parameters(recurse=False))
-        if wide or isinstance(module, (QuantizedModule, nn.Linear)):
+        if wide or isinstance(module, QuantizedModule) or is_linear(module):
             yield name, module
 
 
@@ -145,7 +147,7 @@ def _tied_elsewhere(model: nn.Module) -> dict[int, str]:
     return {
         id(parameter): name
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Linear)
+        if not is_linear(module)
         for parameter in module.parameters(recurse=False)
     }
 
@@ -157,22 +159,23 @@ def _why_not(module: nn.Module, recipe: Recipe, tied: Mapping[int, str], wanted:
         return _why_not_recurrent(module, recipe)
     if isinstance(module, nn.Conv2d):
         return "" if isinstance(recipe, Int8Static) else _NEEDS_STATIC
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         return f"Octavo has no INT8 layer for {type(module).__name__}"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight itself"
-    if type(module).forward not in (nn.Linear.forward, RowsLinear.forward):
+    if isinstance(module, nn.Linear) and type(module).forward not in OWN:
         return f"{type(module).__name__} computes something of its own in forward"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
-    if module.weight.dtype not in FLOATS:
-        return f"its weight is {module.weight.dtype}"
     if id(module.weight) in tied:
         return f"its weight is tied to {tied[id(module.weight)]!r}, which stays in float"
-    if isinstance(recipe, Int4WeightOnly) and module.in_features % recipe.group_size:
-        return f"group_size {recipe.group_size} does not divide its {module.in_features} inputs"
-    if not wanted and module.weight.numel() < FEWEST:
-        return f"too small to gain: {module.out_features} x {module.in_features} weights"
+    linear = as_linear(module)
+    if linear.weight.dtype not in FLOATS:
+        return f"its weight is {linear.weight.dtype}"
+    if isinstance(recipe, Int4WeightOnly) and linear.in_features % recipe.group_size:
+        return f"group_size {recipe.group_size} does not divide its {linear.in_features} inputs"
+    if not wanted and linear.weight.numel() < FEWEST:
+        return f"too small to gain: {linear.out_features} x {linear.in_features} weights"
     return ""
 
 

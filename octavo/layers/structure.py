@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from octavo.kernels.int8_gemm.reference import ACTIVATIONS
 from octavo.layers.attention import MultiheadAttention, why_not_taken_apart
+from octavo.layers.linear_kinds import is_linear
 
 __all__ = [
     "Edits",
@@ -98,7 +99,7 @@ def following_activations(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Modu
             kind = activation_of(parent.activation)
             if kind and isinstance(parent.linear1, nn.Linear):
                 yield parent, parent.linear1, "activation", kind
-        elif any(isinstance(child, nn.Linear) for child in parent.children()):
+        elif any(is_linear(child) for child in parent.children()):
             yield from _traced(parent)
 
 
@@ -118,7 +119,7 @@ def _traced(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]
             continue
         layer, after = (parent.get_submodule(n.target) for n in (node, user))
         kind = activation_of(after)
-        if isinstance(layer, nn.Linear) and kind:
+        if is_linear(layer) and kind:
             yield parent, layer, user.target, kind
 
 
@@ -133,14 +134,20 @@ def activation_of(function: Any) -> str:
     """Which of the kernels' activations a function or module computes; nothing for another.
 
     It is recognised by what it gives on a row of probes, so that classes of other libraries are
-    found too.
+    found too: in float64, where two ways to write a function agree, or in float32 if it takes no
+    other.
     """
     if isinstance(function, nn.Module) and function.state_dict():
         return ""
+    return _alike_in(function, torch.float64) or _alike_in(function, torch.float32)
+
+
+def _alike_in(function: Any, dtype: torch.dtype) -> str:
     large = torch.tensor([100.0, 1e4, 1e30])  # a clamp far out is no ReLU
-    row = torch.cat([torch.linspace(-9, 9, 1001), torch.zeros(1), large, -large])
+    row = torch.cat([torch.linspace(-9, 9, 1001), torch.zeros(1), large, -large]).to(dtype)
     fitting = list(_known())
-    for probe in (row, row[300:].flip(0)):  # twice, to tell what is not computed value by value
+    # twice, to tell what is not computed value by value; the second has a mean, and a large one
+    for probe in (row, row[300:-1].flip(0)):
         try:
             with torch.no_grad():
                 found = function(probe.clone())

@@ -13,6 +13,7 @@ from octavo.layers.add_norm import add_norm
 from octavo.layers.gptq import gptq
 from octavo.layers.inputs import LayerInputs
 from octavo.layers.linear import Int8Linear
+from octavo.layers.linear_kinds import as_linear
 from octavo.layers.module import QuantizedModule
 from octavo.layers.plan import Choice
 from octavo.layers.recipes import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
@@ -37,8 +38,10 @@ ATTENDING = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
+    ("c_attn",),
 )
-"""An attention's layers over one tensor, as the modules of transformers call them."""
+"""An attention's layers over one tensor, as the modules of transformers call them; the last is all
+three in one."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _make(choice: Choice, inputs: LayerInputs | None, bounds: Sequence[Bound]) -
         return Made(Int8LSTM.from_float(layer), "a scale a token")
     if isinstance(layer, nn.GRU):
         return Made(Int8GRU.from_float(layer), "a scale a token")
-    assert isinstance(layer, nn.Linear)  # noqa: S101 - what `plan` chooses
+    layer = as_linear(layer)
     if isinstance(recipe, Int8WeightOnly):
         return Made(WeightOnlyLinear.from_float(layer), "a scale a channel")
     if isinstance(recipe, Int4WeightOnly):

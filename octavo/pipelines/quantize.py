@@ -17,6 +17,7 @@ from octavo.core.errors import CalibrationError, InputError
 from octavo.core.progress import Progress, default_progress
 from octavo.core.swaps import LayerSwap, SwapSummary
 from octavo.layers.inputs import InputCollector, LayerInputs
+from octavo.layers.linear_kinds import is_linear
 from octavo.layers.plan import Choice, Selector, plan
 from octavo.layers.recipes import (
     Int4WeightOnly,
@@ -160,7 +161,7 @@ def _calibrate(
     watched = {
         choice.name: choice.module
         for choice in choices
-        if isinstance(choice.module, nn.Linear)
+        if is_linear(choice.module)
         and choice.recipe is not None
         and (choice.recipe.needs_calibration or isinstance(choice.recipe, Int4WeightOnly))
     }
@@ -209,7 +210,7 @@ def _make(
         for choice in chosen:
             recipe = choice.recipe
             seen = inputs.get(choice.name)
-            unreached = isinstance(choice.module, nn.Linear) and seen is None
+            unreached = is_linear(choice.module) and seen is None
             if not (unreached and recipe is not None and recipe.needs_calibration):
                 bounds = _bounds(recipe.observer) if isinstance(recipe, Int8Static) else ()
                 made[choice.name] = quantized_layer(choice, seen, bounds)
@@ -221,7 +222,7 @@ def _make(
 def _tie(choices: Sequence[Choice], made: Mapping[str, Made]) -> None:
     first: dict[tuple[int, Recipe | None], nn.Module] = {}
     for choice in choices:
-        if choice.name not in made or not isinstance(choice.module, nn.Linear):
+        if choice.name not in made or not is_linear(choice.module):
             continue
         new = made[choice.name].layer
         old = first.setdefault((id(choice.module.weight), choice.recipe), new)

@@ -52,7 +52,7 @@ class AddNorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """From x [..., K] and a residual [..., N] to [..., N], called like the module."""
         parts = self._plain_parts()
-        if parts is not None and len(args) == 2 and not kwargs and _fits(*parts, *args):
+        if parts and not kwargs and len(args) == 2 and _fits(*parts, *args):
             return _in_c(*parts, *args)
         return self.kind.forward(self, *args, **kwargs)
 
@@ -61,7 +61,7 @@ class AddNorm(nn.Module):
         if torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
         linear, norm, dropout = (self._modules.get(name) for name in self.roles)
-        if not isinstance(linear, Int8Linear) or not isinstance(norm, nn.LayerNorm):
+        if type(linear) is not Int8Linear or type(norm) is not nn.LayerNorm:
             return None  # somebody has put another layer there
         if any(one is not None and has_hooks(one) for one in (linear, norm, dropout)):
             return None
@@ -74,8 +74,10 @@ class AddNorm(nn.Module):
         return f"of {self.kind.__name__}"
 
 
-def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> bool:
+def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: Any, residual: Any) -> bool:
     """Whether `_in_c` can take these."""
+    if not isinstance(x, torch.Tensor) or not isinstance(residual, torch.Tensor):
+        return False  # the module's own code says what is wrong
     floats: list[torch.Tensor] = [
         one for one in (residual, norm.weight, norm.bias) if one is not None
     ]

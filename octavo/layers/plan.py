@@ -26,7 +26,7 @@ Selector: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 FEWEST = 128 * 128
 """Weights below which quantizing the input costs more than the smaller product saves."""
 _NEEDS_STATIC = "convolutions quantize with scales of whole tensors; use Int8Static()"
-OWN = (nn.Linear.forward, RowsLinear.forward)
+_KNOWN_FORWARDS = (nn.Linear.forward, RowsLinear.forward)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -163,7 +163,7 @@ def _why_not(module: nn.Module, recipe: Recipe, tied: Mapping[int, str], wanted:
         return f"Octavo has no INT8 layer for {type(module).__name__}"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight itself"
-    if isinstance(module, nn.Linear) and type(module).forward not in OWN:
+    if isinstance(module, nn.Linear) and type(module).forward not in _KNOWN_FORWARDS:
         return f"{type(module).__name__} computes something of its own in forward"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"

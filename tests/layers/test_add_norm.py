@@ -169,12 +169,23 @@ def _norm_in_half(model: nn.Module) -> None:
     model.output.LayerNorm.half()
 
 
+class HalfNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def _norm_of_a_subclass(model: nn.Module) -> None:
+    model.output.LayerNorm = HalfNorm(32)
+
+
 def _other_norm(model: nn.Module) -> None:
     model.output.LayerNorm = nn.Identity()
 
 
 @here
-@pytest.mark.parametrize("change", [_hooked, _dropping, _norm_in_half, _other_norm])
+@pytest.mark.parametrize(
+    "change", [_hooked, _dropping, _norm_in_half, _norm_of_a_subclass, _other_norm]
+)
 def test_a_changed_module_runs_its_own_code(
     change: Callable[[nn.Module], None], calls: list[int]
 ) -> None:
@@ -206,6 +217,8 @@ def test_calls_that_c_cannot_take_run_the_modules_code(calls: list[int]) -> None
         assert model(x.bfloat16(), residual.bfloat16()).dtype == torch.bfloat16
         with use_backend("reference"):
             model(x, residual)
+        with pytest.raises(TypeError):
+            model(x, None)
     assert model(x, residual).requires_grad, "the norm's weights want a gradient"
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

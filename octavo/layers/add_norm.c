@@ -4,14 +4,14 @@
 
 #include <math.h>
 
-/* Adds its residual to a row, and returns the sum of its values. */
-INLINE float added(float *row, const float *residual, ptrdiff_t n) {
+/* Writes the sum of two rows, and returns the sum of its values. */
+INLINE float added(const float *row, const float *residual, float *out, ptrdiff_t n) {
     floats sum = _mm512_setzero_ps();
     for (ptrdiff_t at = 0; at < n; at += LANES) {
         const __mmask16 mask = first(n - at);
         const floats x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, row + at),
                                        _mm512_maskz_loadu_ps(mask, residual + at));
-        _mm512_mask_storeu_ps(row + at, mask, x);
+        _mm512_mask_storeu_ps(out + at, mask, x);
         sum = _mm512_add_ps(sum, x);
     }
     return _mm512_reduce_add_ps(sum);
@@ -28,14 +28,15 @@ INLINE float spread(const float *row, float mean, ptrdiff_t n) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* rows [count, n] become (z - mean) / sqrt(variance + eps) * weight + bias with z = rows + residual;
-weight and bias [n] may be NULL. */
-void octavo_add_norm(float *rows, const float *residual, const float *weight, const float *bias,
-                     float eps, ptrdiff_t count, ptrdiff_t n, int threads) {
+/* out [count, n] = (z - mean) / sqrt(variance + eps) * weight + bias with z = rows + residual; weight
+and bias [n] may be NULL, and out may be rows. */
+void octavo_add_norm(const float *rows, const float *residual, const float *weight,
+                     const float *bias, float eps, float *out, ptrdiff_t count, ptrdiff_t n,
+                     int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (ptrdiff_t i = 0; i < count; i++) {
-        float *row = rows + i * n;
-        const float mean = added(row, residual + i * n, n) / (float)n;
+        float *row = out + i * n;
+        const float mean = added(rows + i * n, residual + i * n, row, n) / (float)n;
         const floats by = all(1.0f / sqrtf(spread(row, mean, n) / (float)n + eps));
         for (ptrdiff_t at = 0; at < n; at += LANES) {
             const __mmask16 mask = first(n - at);

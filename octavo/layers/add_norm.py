@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+from octavo.kernels.result_memory import new_result
 from octavo.layers.linear import Int8Linear
 from octavo.layers.linear_cpu import body_for, dynamic_linear
 from octavo.layers.structure import Leaves, has_hooks
@@ -24,16 +26,17 @@ __all__ = ["AddNorm", "add_norm"]
 
 LANES = 16
 LIBRARY = Library(
-    Path(__file__).with_suffix(".c"), {"octavo_add_norm": [*[POINTER] * 4, FLOAT, SIZE, SIZE, INT]}
+    Path(__file__).with_suffix(".c"),
+    {"octavo_add_norm": [*[POINTER] * 4, FLOAT, POINTER, SIZE, SIZE, INT]},
 )
 
 
 class AddNorm(nn.Module):
     """Stands for a module whose code is LayerNorm(dropout(linear(x)) + residual).
 
-    It has that module's children under their names. Where C can run, nobody looks into the call and
-    no gradient is wanted, the sum and the norm are computed in C, and differ from torch's in the
-    last bits; any other call runs the module's own code.
+    It has that module's children under their names. Where C can run and no gradient is wanted, the
+    sum and the norm are computed in C, and differ from torch's in the last bits; any other call
+    runs the module's own code. Compilers see one operator, `octavo::add_norm`.
 
     Args:
         kind: class of the module.
@@ -51,18 +54,23 @@ class AddNorm(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """From x [..., K] and a residual [..., N] to [..., N], called like the module."""
-        parts = self._plain_parts()
-        if parts and not kwargs and len(args) == 2 and _fits(*parts, *args):
-            return _in_c(*parts, *args)
+        parts = self._parts()
+        tensors = [one for one in args if isinstance(one, torch.Tensor)]
+        if parts and not kwargs and len(tensors) == len(args) == 2:
+            if torch.compiler.is_compiling():
+                if _traces(*parts, *args):
+                    return _traced(*parts, *args)
+            elif _fits(*parts, *args):
+                return _in_place(*parts, *args)
         return self.kind.forward(self, *args, **kwargs)
 
-    def _plain_parts(self) -> tuple[Int8Linear, nn.LayerNorm] | None:
+    def _parts(self) -> tuple[Int8Linear, nn.LayerNorm] | None:
         """The layers, if nobody would see that they are not called themselves."""
-        if torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return None
         linear, norm, dropout = (self._modules.get(name) for name in self.roles)
         if type(linear) is not Int8Linear or type(norm) is not nn.LayerNorm:
             return None  # somebody has put another layer there
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
         if any(one is not None and has_hooks(one) for one in (linear, norm, dropout)):
             return None
         if dropout is not None and dropout.training:
@@ -74,10 +82,8 @@ class AddNorm(nn.Module):
         return f"of {self.kind.__name__}"
 
 
-def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: Any, residual: Any) -> bool:
-    """Whether `_in_c` can take these."""
-    if not isinstance(x, torch.Tensor) or not isinstance(residual, torch.Tensor):
-        return False  # the module's own code says what is wrong
+def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> bool:
+    """Whether `_in_place` can take these."""
     floats: list[torch.Tensor] = [
         one for one in (residual, norm.weight, norm.bias) if one is not None
     ]
@@ -93,24 +99,94 @@ def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: Any, residual: Any) -> bool
     )
 
 
-def _in_c(
+def _in_place(
     linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
     y = dynamic_linear(
         "native", x, linear.weight, linear.weight_scale, linear.bias, linear.activation
     )
-    n = y.shape[-1]
-    LIBRARY.octavo_add_norm(
-        y.data_ptr(),
-        residual.data_ptr(),
-        pointer(norm.weight),
-        pointer(norm.bias),
-        norm.eps,
-        y.numel() // n,
-        n,
-        threads_for(y.numel() // LANES),
+    return _in_c(y, residual, norm.weight, norm.bias, norm.eps, y)
+
+
+def _traces(
+    linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
+) -> bool:
+    """Whether a compiler should see the operator."""
+    floats = [one for one in (residual, norm.weight, norm.bias) if one is not None]
+    return (
+        linear.is_dynamic
+        and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in (x, *floats))
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in (x, *floats)))
+        and not torch.is_autocast_enabled("cpu")
+        and not LIBRARY.why_not()
+    )
+
+
+def _traced(
+    linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.octavo.add_norm(
+        linear(x), residual, norm.weight, norm.bias, norm.eps
     )
     return y
+
+
+def _in_c(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    n = x.shape[-1]
+    LIBRARY.octavo_add_norm(
+        x.data_ptr(),
+        residual.data_ptr(),
+        pointer(weight),
+        pointer(bias),
+        eps,
+        out.data_ptr(),
+        x.numel() // n,
+        n,
+        threads_for(x.numel() // LANES),
+    )
+    return out
+
+
+def _run(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """The operator, which also runs where a program that was exported is loaded."""
+    given = [one for one in (x, residual, weight, bias) if one is not None]
+    plain = all(one.is_cpu and one.dtype == torch.float32 for one in given)
+    if plain and x.shape == residual.shape and x.numel() and not LIBRARY.why_not():
+        x, residual = x.contiguous(), residual.contiguous()
+        weight, bias = (None if one is None else one.contiguous() for one in (weight, bias))
+        return _in_c(x, residual, weight, bias, eps, new_result(*x.shape))
+    return _in_torch(x, residual, weight, bias, eps)
+
+
+def _in_torch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    return functional.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)
+
+
+torch.library.define(
+    "octavo::add_norm",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+)
+torch.library.impl("octavo::add_norm", "CompositeExplicitAutograd")(_run)
+torch.library.register_fake("octavo::add_norm")(_in_torch)
 
 
 def add_norm(module: nn.Module) -> AddNorm | None:

@@ -105,8 +105,8 @@ def own_code(output: AddNorm, *args: Any) -> torch.Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every call of the C."""
     made: list[int] = []
-    run = add_norm._in_c
-    monkeypatch.setattr(add_norm, "_in_c", lambda *a: made.append(1) or run(*a))
+    run = add_norm._in_place
+    monkeypatch.setattr(add_norm, "_in_place", lambda *a: made.append(1) or run(*a))
     return made
 
 
@@ -273,12 +273,64 @@ def test_a_checkpoint_has_it_again(tmp_path: Path) -> None:
         assert torch.equal(loaded(*args), model(*args))
 
 
+def _compiled(model: nn.Module, args: tuple[torch.Tensor, ...], way: str) -> tuple[Any, str]:
+    """What calls the model, and the code that a compiler saw."""
+    if way == "export":
+        program = torch.export.export(model, args)
+        return program.module(), program.graph_module.code
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, example: Any) -> Any:
+        seen.append(graph.code)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=keep)
+    compiled(*args)
+    (code,) = seen
+    return compiled, code
+
+
+@here
 @pytest.mark.parametrize("way", ["compile", "export"])
-def test_compilers_see_the_modules_code(way: str) -> None:
+def test_compilers_see_one_operator_with_the_same_bits(way: str) -> None:
     model, args = block(Output()), given(4)
     with torch.no_grad():
-        if way == "compile":
-            made: Any = torch.compile(model, fullgraph=True, backend="eager")
-        else:
-            made = torch.export.export(model, args).module()
+        made, code = _compiled(model, args, way)
+        assert code.count("octavo.add_norm") == 1
+        assert torch.equal(made(*args), model(*args))
+
+
+@pytest.mark.usefixtures("without_native")
+@pytest.mark.parametrize("way", ["compile", "export"])
+def test_without_c_compilers_see_the_modules_code(way: str) -> None:
+    model, args = block(Output()), given(4)
+    with torch.no_grad():
+        made, code = _compiled(model, args, way)
+        assert "add_norm" not in code
         torch.testing.assert_close(made(*args), model(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["compile", "export"])
+def test_where_a_gradient_is_wanted_compilers_see_the_modules_code(way: str) -> None:
+    model, args = block(Output()), given(4)
+    made, code = _compiled(model, args, way)
+    assert "add_norm" not in code
+    assert made(*args).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 17), (0, 4)])
+@pytest.mark.parametrize("parts", [2, 1, 0])
+def test_the_operator_is_a_proper_one(shape: tuple[int, ...], parts: int) -> None:
+    x, residual, weight, bias = (
+        torch.randn(*size) for size in (shape, shape, shape[-1:], shape[-1:])
+    )
+    args = x, residual, weight if parts else None, bias if parts == 2 else None, 1e-5
+    torch.library.opcheck(torch.ops.octavo.add_norm, args)
+    wanted = nn.functional.layer_norm(x + residual, shape[-1:], args[2], args[3], 1e-5)
+    torch.testing.assert_close(torch.ops.octavo.add_norm(*args), wanted, rtol=1e-5, atol=1e-5)
+    double = [one.double() if isinstance(one, torch.Tensor) else one for one in args]
+    assert torch.ops.octavo.add_norm(*double).dtype == torch.float64
+    strided = x.T.contiguous().T if x.ndim == 2 else x
+    found = torch.ops.octavo.add_norm(strided, residual[:1].expand(shape), *args[2:])
+    wanted = nn.functional.layer_norm(x + residual[:1], shape[-1:], args[2], args[3], 1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -58,7 +58,7 @@ class AddNorm(nn.Module):
         tensors = [one for one in args if isinstance(one, torch.Tensor)]
         if parts and not kwargs and len(tensors) == len(args) == 2:
             if torch.compiler.is_compiling():
-                if _traces(*parts, *args):
+                if _traces(parts[1], *args):
                     return _traced(*parts, *args)
             elif _fits(*parts, *args):
                 return _in_place(*parts, *args)
@@ -69,6 +69,8 @@ class AddNorm(nn.Module):
         linear, norm, dropout = (self._modules.get(name) for name in self.roles)
         if type(linear) is not Int8Linear or type(norm) is not nn.LayerNorm:
             return None  # somebody has put another layer there
+        if norm.normalized_shape != (linear.out_features,) or not linear.is_dynamic:
+            return None
         if _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
         if any(one is not None and has_hooks(one) for one in (linear, norm, dropout)):
@@ -84,19 +86,19 @@ class AddNorm(nn.Module):
 
 def _fits(linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> bool:
     """Whether `_in_place` can take these."""
-    floats: list[torch.Tensor] = [
-        one for one in (residual, norm.weight, norm.bias) if one is not None
-    ]
-    weight = linear.weight
+    floats = _floats(residual, norm)
     return (
-        linear.is_dynamic
-        and body_for(x, weight, linear.weight_scale, linear.bias, *floats) == "native"
-        and norm.normalized_shape == weight.shape[:1]
-        and residual.shape == (*x.shape[:-1], len(weight))
+        body_for(x, linear.weight, linear.weight_scale, linear.bias, *floats) == "native"
+        and residual.shape == (*x.shape[:-1], linear.out_features)
         and all(one.dtype == torch.float32 and one.is_cpu for one in floats)
         and all(one.is_contiguous() for one in floats)
         and not LIBRARY.why_not()
     )
+
+
+def _floats(residual: torch.Tensor, norm: nn.LayerNorm) -> list[torch.Tensor]:
+    parts: tuple[torch.Tensor | None, ...] = residual, norm.weight, norm.bias
+    return [one for one in parts if one is not None]
 
 
 def _in_place(
@@ -108,15 +110,12 @@ def _in_place(
     return _in_c(y, residual, norm.weight, norm.bias, norm.eps, y)
 
 
-def _traces(
-    linear: Int8Linear, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
-) -> bool:
+def _traces(norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> bool:
     """Whether a compiler should see the operator."""
-    floats = [one for one in (residual, norm.weight, norm.bias) if one is not None]
+    floats = x, *_floats(residual, norm)
     return (
-        linear.is_dynamic
-        and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in (x, *floats))
-        and not (torch.is_grad_enabled() and any(one.requires_grad for one in (x, *floats)))
+        all(one.dtype == torch.float32 and one.device.type == "cpu" for one in floats)
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in floats))
         and not torch.is_autocast_enabled("cpu")
         and not LIBRARY.why_not()
     )
@@ -214,7 +213,7 @@ def _roles(module: nn.Module) -> tuple[str, str, str] | None:
     if len(given) != 2 or _called(module, norm) is not nn.LayerNorm or len(norm.args) != 1:
         return None
     (total,) = norm.args
-    if not _adds(total) or given[1] not in total.args:
+    if not _adds(total) or total.args.count(given[1]) != 1:
         return None
     (value,) = (one for one in total.args if one is not given[1])
     dropout = value if _called(module, value) is nn.Dropout else None

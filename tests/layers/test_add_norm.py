@@ -58,6 +58,12 @@ class Twice(Output):
         return self.LayerNorm(residual + self.dense(x)) + residual
 
 
+class Doubled(Output):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        self.dense(x)
+        return self.LayerNorm(residual + residual)
+
+
 class Turned(Output):
     def forward(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dense(x) + residual)
@@ -81,7 +87,7 @@ class Block(nn.Module):
         return self.output(x, residual)
 
 
-KNOWN, OTHERS = (Output, Plain), (Scaled, Halved, Twice, Turned, Sized)
+KNOWN, OTHERS = (Output, Plain), (Scaled, Halved, Twice, Doubled, Turned, Sized)
 for kind in (*KNOWN, *OTHERS):
     kind.__module__ = "transformers.models.of_a_test"
 
@@ -178,13 +184,17 @@ def _norm_of_a_subclass(model: nn.Module) -> None:
     model.output.LayerNorm = HalfNorm(32)
 
 
+def _norm_of_rows(model: nn.Module) -> None:
+    model.output.LayerNorm = nn.LayerNorm((4, 32))
+
+
 def _other_norm(model: nn.Module) -> None:
     model.output.LayerNorm = nn.Identity()
 
 
 @here
 @pytest.mark.parametrize(
-    "change", [_hooked, _dropping, _norm_in_half, _norm_of_a_subclass, _other_norm]
+    "change", [_hooked, _dropping, _norm_in_half, _norm_of_a_subclass, _norm_of_rows, _other_norm]
 )
 def test_a_changed_module_runs_its_own_code(
     change: Callable[[nn.Module], None], calls: list[int]

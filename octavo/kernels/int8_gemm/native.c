@@ -188,8 +188,10 @@ void octavo_int8_gemm(const int8_t *x, const uint8_t *w, ptrdiff_t m, ptrdiff_t 
     const ptrdiff_t shares = threads > 1 ? SHARES * threads : 1;
     ptrdiff_t blocks = (tiles + HIGH - 1) / HIGH;
     if (n * k <= CACHED && blocks < shares) blocks = shares < tiles ? shares : tiles;
-    ptrdiff_t groups = (shares + blocks - 1) / blocks;
-    while (blocks * groups % threads) groups++;
+    const ptrdiff_t least = (shares + blocks - 1) / blocks;
+    ptrdiff_t groups = least;
+    while (blocks * groups % threads && groups < 2 * least) groups++;
+    if (blocks * groups % threads) groups = least;
     if (groups > panels) groups = panels;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
     for (ptrdiff_t b = 0; b < blocks; b++)

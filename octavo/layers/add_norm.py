@@ -20,7 +20,7 @@ from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, t
 from octavo.kernels.result_memory import new_result
 from octavo.layers.linear import Int8Linear
 from octavo.layers.linear_cpu import body_for, dynamic_linear
-from octavo.layers.structure import Leaves, has_hooks
+from octavo.layers.structure import code_of, has_hooks
 
 __all__ = ["AddNorm", "add_norm"]
 
@@ -153,31 +153,20 @@ def _in_c(
     return out
 
 
-def _run(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def _run(*given: Any) -> torch.Tensor:
     """The operator, which also runs where a program that was exported is loaded."""
-    given = [one for one in (x, residual, weight, bias) if one is not None]
-    plain = all(one.is_cpu and one.dtype == torch.float32 for one in given)
-    if plain and x.shape == residual.shape and x.numel() and not LIBRARY.why_not():
-        x, residual = x.contiguous(), residual.contiguous()
-        weight, bias = (None if one is None else one.contiguous() for one in (weight, bias))
-        return _in_c(x, residual, weight, bias, eps, new_result(*x.shape))
-    return _in_torch(x, residual, weight, bias, eps)
+    x, residual, weight, bias, eps = given
+    tensors = [one for one in (x, residual, weight, bias) if one is not None]
+    plain = all(one.is_cpu and one.dtype == torch.float32 for one in tensors)
+    if not plain or x.shape != residual.shape or not x.numel() or LIBRARY.why_not():
+        return _in_torch(*given)
+    x, residual = x.contiguous(), residual.contiguous()
+    weight, bias = (None if one is None else one.contiguous() for one in (weight, bias))
+    return _in_c(x, residual, weight, bias, eps, new_result(*x.shape))
 
 
-def _in_torch(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    return functional.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)
+def _in_torch(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return functional.layer_norm(x + residual, x.shape[-1:], *rest)
 
 
 torch.library.define(
@@ -204,10 +193,10 @@ def add_norm(module: nn.Module) -> AddNorm | None:
 
 def _roles(module: nn.Module) -> tuple[str, str, str] | None:
     """Names of the linear layer, the norm and the dropout of a module that is nothing else."""
-    try:
-        nodes = list(Leaves().trace(module).nodes)
-    except Exception:  # code that torch.fx cannot follow
+    graph = code_of(module)
+    if graph is None:
         return None
+    nodes = list(graph.nodes)
     given = [node for node in nodes if node.op == "placeholder"]
     (norm,) = nodes[-1].args
     if len(given) != 2 or _called(module, norm) is not nn.LayerNorm or len(norm.args) != 1:

@@ -16,8 +16,8 @@ from octavo.layers.linear_kinds import is_linear
 
 __all__ = [
     "Edits",
-    "Leaves",
     "activation_of",
+    "code_of",
     "following_activations",
     "has_hooks",
     "places",
@@ -104,9 +104,8 @@ def following_activations(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Modu
 
 
 def _traced(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]]:
-    try:
-        graph = Leaves().trace(parent)
-    except Exception:
+    graph = code_of(parent)
+    if graph is None:
         return
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
@@ -123,10 +122,18 @@ def _traced(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str, str]
             yield parent, layer, user.target, kind
 
 
-class Leaves(fx.Tracer):
-    """Traces the code of a module, and looks into no child."""
+def code_of(module: nn.Module) -> fx.Graph | None:
+    """What a module's own code does, each child a call; None where torch.fx cannot follow it."""
+    try:
+        return _Leaves().trace(module)
+    except Exception:  # whatever the code does with what stands for its tensors
+        return None
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002, D102
+
+class _Leaves(fx.Tracer):
+    """Looks into no child."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True
 
 
@@ -139,10 +146,10 @@ def activation_of(function: Any) -> str:
     """
     if isinstance(function, nn.Module) and function.state_dict():
         return ""
-    return _alike_in(function, torch.float64) or _alike_in(function, torch.float32)
+    return _activation_in(function, torch.float64) or _activation_in(function, torch.float32)
 
 
-def _alike_in(function: Any, dtype: torch.dtype) -> str:
+def _activation_in(function: Any, dtype: torch.dtype) -> str:
     large = torch.tensor([100.0, 1e4, 1e30])  # a clamp far out is no ReLU
     row = torch.cat([torch.linspace(-9, 9, 1001), torch.zeros(1), large, -large]).to(dtype)
     fitting = list(_known())

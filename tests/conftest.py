@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,19 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that the C of our operators does not know."""
     monkeypatch.setattr(native.Library, "why_not", lambda _: "a test")
+
+
+@pytest.fixture
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[int]]:
+    """Gives a list that grows with every call of a module's function."""
+
+    def count(module: Any, name: str) -> list[int]:
+        made: list[int] = []
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: made.append(1) or run(*given))
+        return made
+
+    return count
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,12 +40,9 @@ def llama() -> nn.Module:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def calls(count_calls: Callable[[Any, str], list[int]]) -> list[int]:
     """Grows with every call of the C."""
-    made: list[int] = []
-    run = attention_native._attend
-    monkeypatch.setattr(attention_native, "_attend", lambda *a: made.append(1) or run(*a))
-    return made
+    return count_calls(attention_native, "_attend")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,9 @@ def test_weights_are_those_of_the_transpose() -> None:
 
 
 def test_the_activation_is_fused_and_the_attention_is_ours(
-    monkeypatch: pytest.MonkeyPatch,
+    count_calls: Callable[[Any, str], list[int]],
 ) -> None:
-    calls: list[int] = []
-    run = attention_native._attend
-    monkeypatch.setattr(attention_native, "_attend", lambda *a: calls.append(1) or run(*a))
+    calls = count_calls(attention_native, "_attend")
     made = octavo.quantize(gpt2(), Int8Dynamic(), verbose=False)
     mlp = made.transformer.h[0].mlp
     assert isinstance(mlp.c_fc, Int8Linear)

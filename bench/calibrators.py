@@ -29,6 +29,7 @@ from rich.table import Table
 from bench.results_file import write_results
 from octavo.calibration import calibrate_graph
 from octavo.core.progress import NoProgress
+from octavo.demo import images
 from octavo.engines import BuildRequest, Engine, get_backend
 from octavo.export import (
     export_torch,
@@ -40,7 +41,6 @@ from octavo.export import (
     unsigned_spec,
 )
 from octavo.measure import interleaved_latency
-from octavo.pipelines import demo_data
 from octavo.quant import sqnr_db, top_k_agreement
 
 BATCH = 8
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--evaluation", type=int, default=120, help="evaluation crops")
     parser.add_argument("--out", type=Path, help="folder of the results file")
     options = parser.parse_args()
-    module = demo_data.efficientnet_lite0()
-    calibration = demo_data.crops(demo_data.CALIBRATION_PHOTOS, options.calibration, seed=0)
-    evaluation = demo_data.crops(demo_data.EVALUATION_PHOTOS, options.evaluation, seed=1)
+    module = images.efficientnet_lite0()
+    calibration = images.crops(images.CALIBRATION_PHOTOS, options.calibration, seed=0)
+    evaluation = images.crops(images.EVALUATION_PHOTOS, options.evaluation, seed=1)
     batches = [calibration[i : i + BATCH] for i in range(0, len(calibration), BATCH)]
     graph = export_torch(module, torch.from_numpy(calibration[:1])).model
     name = graph.graph.inputs[0].name

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from bench.results_file import write_results
+from octavo.demo import images
+from octavo.demo.run import eager_call, engine_call, run_demo, slug
 from octavo.measure import isolated_latency
-from octavo.pipelines import demo_data
-from octavo.pipelines.demo import eager_call, engine_call, run_demo, slug
 
 EAGER = "PyTorch eager"
 INT8 = "ONNX Runtime INT8"
@@ -72,7 +72,7 @@ def _keeping_memory(folder: Path) -> dict[str, dict[str, float]]:
     """Latency of PyTorch and the INT8 engines in processes whose malloc gives no memory back."""
     for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ[threshold] = str(2**30)
-    sample = demo_data.crops(demo_data.EVALUATION_PHOTOS, 1, seed=1)
+    sample = images.crops(images.EVALUATION_PHOTOS, 1, seed=1)
     makers: dict[str, Callable[[], Callable[[], object]]] = {
         EAGER: functools.partial(eager_call, sample, torch.contiguous_format)
     }

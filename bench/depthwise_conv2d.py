@@ -16,7 +16,7 @@ BYTES = {"fp16": 2, "fp32": 4, "i8": 1}
 
 def static_variants() -> Iterator[Variant]:
     """The rule's tiles for each dtype and kernel size, and some candidates."""
-    from octavo.kernels.depthwise_conv2d.tiles import candidates, config
+    from octavo.kernels.depthwise_conv2d.configs import candidates, config
 
     for kernel in (3, 5, 7):
         yield _variant("56x56x128", kernel, config(32, 56, 56, 128, 2))
@@ -68,7 +68,7 @@ def _variant(
     out: str = "fp16",
     architectures: tuple[int, ...] = (),
 ) -> Variant:
-    from octavo.kernels.depthwise_conv2d.tiles import unit
+    from octavo.kernels.depthwise_conv2d.configs import unit
 
     pointers = {"x_ptr": f"*{x}", "w_ptr": f"*{x}", "out_ptr": f"*{out}", **epilogue_types(out)}
     pointers["residual_ptr"] = f"*{x}"

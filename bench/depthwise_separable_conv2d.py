@@ -15,7 +15,7 @@ ZERO_POINTS = ("zero_point", "mid_zero_point", "residual_zero_point", "out_zero_
 
 def static_variants() -> Iterator[Variant]:
     """The rule's tiles for each dtype and kernel size, and other candidates where they differ."""
-    from octavo.kernels.depthwise_separable_conv2d.tiles import candidates, config
+    from octavo.kernels.depthwise_separable_conv2d.configs import candidates, config
 
     for kernel in (3, 5, 7):
         for x in ("fp16", "i8"):
@@ -47,8 +47,8 @@ def _variant(
     residual: bool = False,
     architectures: tuple[int, ...] = (),
 ) -> Variant:
-    from octavo.kernels.depthwise_conv2d.tiles import unit
-    from octavo.kernels.depthwise_separable_conv2d.tiles import pieces
+    from octavo.kernels.depthwise_conv2d.configs import unit
+    from octavo.kernels.depthwise_separable_conv2d.configs import pieces
 
     aligned = [name for name, size in zip("CN", sizes, strict=True) if size % 16 == 0 and not least]
     pointers = dict.fromkeys(("x_ptr", "dw_ptr", "pw_ptr", "out_ptr", "residual_ptr"), f"*{x}")

@@ -35,7 +35,7 @@ from bench import device_report
 from bench.device_tests import run_tests, wait
 from bench.device_worker import plan
 from bench.kernels import device_name
-from octavo.kernels.store import gpu_slug
+from octavo.kernels.dispatch.store import gpu_slug
 
 ROOT = Path(__file__).parents[1]
 BATCH = 6

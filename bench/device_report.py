@@ -12,7 +12,7 @@ from bench.results_file import write_csv, write_results
 from octavo.core.files import atomic_write
 from octavo.kernels.benchmark import Row, best_ratio
 from octavo.kernels.cases import OPERATORS
-from octavo.kernels.store import device_facts
+from octavo.kernels.dispatch.store import device_facts
 
 if TYPE_CHECKING:
     from bench.device import Run

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from octavo.kernels.cases import OPERATORS, Case, cases_of
-from octavo.kernels.dispatch import explain
-from octavo.kernels.tuning import Tiles, instead_of_measuring, label
+from octavo.kernels.dispatch.select import explain
+from octavo.kernels.dispatch.tuning import Tiles, instead_of_measuring, label
 from octavo.measure.limits import Limits, measure_limits
 
 TASKS = ("limits", "compile", "measure")

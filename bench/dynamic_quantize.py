@@ -47,7 +47,7 @@ FORMS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
 
 def static_variants() -> Iterator[Variant]:
     """The forms that the launcher uses."""
-    from octavo.kernels.dynamic_quantize.tiles import config
+    from octavo.kernels.dynamic_quantize.configs import config
     from octavo.kernels.dynamic_quantize.triton import PARTS
 
     for title, m, k, dtype, fused in FORMS:

@@ -19,7 +19,7 @@ def static_variants() -> Iterator[Variant]:
 
     Where the rule asks for the architecture, each form is compiled for those that get it.
     """
-    from octavo.kernels.int8_gemm.tiles import config
+    from octavo.kernels.int8_gemm.configs import config
 
     swapped = config(1, 4096, 4096, capability=HOPPER)
     yield _tiles("1x4096x4096", swapped, few=True, architectures=(90,))
@@ -41,7 +41,7 @@ def static_variants() -> Iterator[Variant]:
 
 def _shapes(persistent: int) -> list[Mapping[str, int]]:
     """One of the candidates for M >= 64 for each shape of a tile, that with the most stages."""
-    from octavo.kernels.int8_gemm.tiles import candidates
+    from octavo.kernels.int8_gemm.configs import candidates
 
     found: dict[tuple[int, int], Mapping[str, int]] = {}
     for m in (64, 128, 4096):
@@ -56,7 +56,7 @@ def _shapes(persistent: int) -> list[Mapping[str, int]]:
 
 def _end(tiles: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of the epilogue, and the fields of the tiles that kernels take."""
-    from octavo.kernels.int8_gemm.tiles import pieces
+    from octavo.kernels.int8_gemm.configs import pieces
 
     constants = {
         **EPILOGUE,

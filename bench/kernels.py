@@ -21,7 +21,7 @@ from bench.results_file import write_csv, write_results
 from octavo.core.machine import cpu_name
 from octavo.kernels.benchmark import Row, best_ratio, measure_case
 from octavo.kernels.cases import OPERATORS, Case, cases_of, parse_shape
-from octavo.kernels.store import gpu_slug
+from octavo.kernels.dispatch.store import gpu_slug
 from octavo.measure.limits import Limits, measure_limits
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -38,7 +38,7 @@ def _chunks(
     name: str, d: int, e: int, kind: str, *, masked: bool = False, packed: bool = False
 ) -> Variant:
     """The kernel of states, or one of results; which of these it is the rule decides."""
-    from octavo.kernels.linear_attention.tiles import config, for_states, padded
+    from octavo.kernels.linear_attention.configs import config, for_states, padded
 
     causal = name == "causal"
     types: dict[str, str] = {"mask_ptr": "*u8", "cu_ptr": "*i32"}
@@ -111,7 +111,7 @@ def _scan(causal: bool, packed: bool) -> Variant:
 
 
 def _step(d: int, kind: str, places: int) -> Variant:
-    from octavo.kernels.linear_attention.tiles import of_step, padded
+    from octavo.kernels.linear_attention.configs import of_step, padded
 
     block_e, split = of_step(places, d, d)
     types = {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}

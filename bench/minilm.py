@@ -25,8 +25,8 @@ import octavo
 from bench.results_file import options, write_results
 from octavo import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from octavo.core.progress import TerminalProgress
+from octavo.demo import text
 from octavo.measure import interleaved_latency, isolated_latency
-from octavo.pipelines import demo_text
 from octavo.quant import sqnr_db
 
 FLOAT, OURS = "PyTorch float32", "Octavo Int8Dynamic"
@@ -48,8 +48,8 @@ def main() -> int:
     """Runs the comparison, prints a table and writes bench/results/minilm.json."""
     asked = options(__doc__, "five")
     warnings.simplefilter("ignore")
-    model = demo_text.minilm()
-    texts = demo_text.sentences()
+    model = text.minilm()
+    texts = text.sentences()
     closeness = _closeness(model, texts[::2], texts[1::2])
     eager, compiled = (FLOAT, TORCH, OURS), (FLOAT, TORCHAO, OURS)
     if importlib.util.find_spec("torchao") is None:
@@ -71,8 +71,8 @@ def main() -> int:
 
 def _closeness(model: nn.Module, calibration: list[str], evaluation: list[str]) -> dict[str, Any]:
     """How close the embeddings of each recipe are to those in float."""
-    batches = [demo_text.tokenize(calibration[i : i + 8]) for i in range(0, len(calibration), 8)]
-    tokens = [demo_text.tokenize(evaluation[i : i + 8]) for i in range(0, len(evaluation), 8)]
+    batches = [text.tokenize(calibration[i : i + 8]) for i in range(0, len(calibration), 8)]
+    tokens = [text.tokenize(evaluation[i : i + 8]) for i in range(0, len(evaluation), 8)]
     recipes: dict[str, tuple[Any, Any]] = {
         "Int8Dynamic": (Int8Dynamic(), None),
         "Int8Dynamic, smooth auto": (Int8Dynamic(smooth="auto"), batches),
@@ -81,10 +81,10 @@ def _closeness(model: nn.Module, calibration: list[str], evaluation: list[str]) 
         "Int4WeightOnly": (Int4WeightOnly(), None),
         "Int4WeightOnly, GPTQ": (Int4WeightOnly(), batches),
     }
-    reference = torch.cat([demo_text.embed(model, part) for part in tokens])
+    reference = torch.cat([text.embed(model, part) for part in tokens])
 
     def compare(name: str, quantized: nn.Module, seconds: float) -> dict[str, float]:
-        found = torch.cat([demo_text.embed(quantized, part) for part in tokens])
+        found = torch.cat([text.embed(quantized, part) for part in tokens])
         cosine = torch.cosine_similarity(reference.double(), found.double())
         row = {
             "cosine_mean": round(float(cosine.mean()), 5),
@@ -105,13 +105,13 @@ def _closeness(model: nn.Module, calibration: list[str], evaluation: list[str]) 
         quantized = octavo.quantize(model, recipe, data, verbose=False)
         rows[name] = compare(name, quantized, time.perf_counter() - start)
     start = time.perf_counter()
-    peer = _quantize_dynamic(demo_text.minilm())
+    peer = _quantize_dynamic(text.minilm())
     rows[TORCH] = compare(TORCH, peer, time.perf_counter() - start)
     if importlib.util.find_spec("torchao") is None:
         print("torchao is not installed and is left out; pip install torchao")
     else:
         start = time.perf_counter()
-        peer = _torchao(demo_text.minilm())
+        peer = _torchao(text.minilm())
         rows[TORCHAO] = compare(TORCHAO, peer, time.perf_counter() - start)
     return {"sentences": len(evaluation), **rows}
 
@@ -143,8 +143,8 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def model_call(form: str, compiled: bool) -> Callable[[], object]:
     """What is timed: one form of the model, on eight texts of 128 tokens."""
     warnings.simplefilter("ignore")
-    model, texts = FORMS[form](demo_text.minilm()), demo_text.sentences()
-    batch = demo_text.tokenize([" ".join(texts[i * 6 : i * 6 + 6]) for i in range(8)], length=128)
+    model, texts = FORMS[form](text.minilm()), text.sentences()
+    batch = text.tokenize([" ".join(texts[i * 6 : i * 6 + 6]) for i in range(8)], length=128)
     if compiled:
         model = torch.compile(model)  # type: ignore[assignment]
 

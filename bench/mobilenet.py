@@ -26,8 +26,8 @@ from torch import nn
 import octavo
 from bench.results_file import options, write_results
 from octavo.core.progress import TerminalProgress
+from octavo.demo import images
 from octavo.measure import isolated_latency
-from octavo.pipelines import demo_data
 from octavo.quant import sqnr_db
 
 BATCHES = (1, 32)
@@ -38,7 +38,7 @@ ENGINES = {"ONNX Runtime float32": "float32", "ONNX Runtime INT8": "int8"}
 
 def lite0() -> nn.Module:
     """EfficientNet-Lite0, pretrained."""
-    return demo_data.efficientnet_lite0()
+    return images.efficientnet_lite0()
 
 
 def mobilenet_v2() -> nn.Module:
@@ -47,7 +47,7 @@ def mobilenet_v2() -> nn.Module:
 
     torch.manual_seed(0)
     model: nn.Module = mobilenetv2_w1(pretrained=False).eval()
-    photos = torch.from_numpy(demo_data.crops(demo_data.CALIBRATION_PHOTOS, 32, seed=2))
+    photos = torch.from_numpy(images.crops(images.CALIBRATION_PHOTOS, 32, seed=2))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None
@@ -96,7 +96,7 @@ def engine_call(path: Path, batch: int) -> Callable[[], object]:
 
 
 def _photos(count: int) -> torch.Tensor:
-    return torch.from_numpy(demo_data.crops(demo_data.EVALUATION_PHOTOS, count, seed=1))
+    return torch.from_numpy(images.crops(images.EVALUATION_PHOTOS, count, seed=1))
 
 
 def main() -> int:
@@ -123,7 +123,7 @@ def main() -> int:
 def _prepare(network: str, folder: Path) -> dict[str, Any]:
     """Makes the INT8 forms of one table, and compares all forms with the float model."""
     model, x = NETWORKS[network](), _photos(120)
-    photos = demo_data.crops(demo_data.CALIBRATION_PHOTOS, 96, seed=0)
+    photos = images.crops(images.CALIBRATION_PHOTOS, 96, seed=0)
     batches = [torch.from_numpy(photos[i : i + 32]) for i in range(0, 96, 32)]
     table = octavo.calibrate(model, batches, verbose=False)
     recipe = octavo.Int8Static(smooth=None)

@@ -86,7 +86,7 @@ def _quantize_and_multiply(case: Case, arguments: Arguments) -> Callable[[], Any
 
 
 def _finish(case: Case, arguments: Arguments) -> Callable[[torch.Tensor], torch.Tensor]:
-    from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+    from octavo.kernels.common.epilogue import ACTIVATIONS
 
     bias, activate = arguments.get("bias"), ACTIVATIONS[arguments.get("activation", "none")]
 

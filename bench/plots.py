@@ -19,7 +19,7 @@ from typing import Any
 
 from octavo.kernels.benchmark import Row, best_ratio
 from octavo.kernels.cases import Case, cases_of
-from octavo.kernels.store import gpu_slug
+from octavo.kernels.dispatch.store import gpu_slug
 from octavo.measure.limits import Limits
 
 COLD = "cold"

@@ -25,7 +25,7 @@ from torch import nn
 
 from bench.recurrent_text import Text, held_out, trained
 from bench.results_file import write_results
-from octavo.layers.recurrent import Int8GRU, Int8LSTM
+from octavo.layers.recurrent.int8 import Int8GRU, Int8LSTM
 from octavo.measure import isolated_latency
 from octavo.quant import sqnr_db
 

@@ -36,7 +36,7 @@ def static_variants() -> Iterator[Variant]:
 
 def _shapes() -> list[dict[str, int]]:
     """One of the candidates for M >= 64 for each shape of a tile."""
-    from octavo.kernels.weight_only_gemm.tiles import candidates
+    from octavo.kernels.weight_only_gemm.configs import candidates
 
     found: dict[tuple[int, ...], dict[str, int]] = {}
     for m in (64, 4096):
@@ -73,7 +73,7 @@ def _gemv(
     asymmetric: bool = False,
     fused: bool = False,
 ) -> Variant:
-    from octavo.kernels.weight_only_gemm.tiles import config
+    from octavo.kernels.weight_only_gemm.configs import config
 
     chosen = dict(config(*shape, bits=bits, group_size=group or None))
     split = chosen.pop("SPLIT_K")
@@ -118,7 +118,7 @@ def _gemm(
     tiles: dict[str, int] | None = None,
 ) -> Variant:
     """The rule's form of a shape; with tiles that one, on the architecture that has wgmma."""
-    from octavo.kernels.weight_only_gemm.tiles import config
+    from octavo.kernels.weight_only_gemm.configs import config
     from octavo.kernels.weight_only_gemm.triton import KINDS
 
     size = 4 if kind == "fp32" else 2

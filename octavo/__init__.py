@@ -14,11 +14,17 @@ from octavo.core.version import __version__
 if TYPE_CHECKING:
     from octavo.calibration.data import load_data, random_batches
     from octavo.calibration.table import CalibrationTable
+    from octavo.compression.quantization.checkpoint import load_quantized, save_quantized
+    from octavo.compression.quantization.recipes import (
+        Int4WeightOnly,
+        Int8Dynamic,
+        Int8Static,
+        Int8WeightOnly,
+    )
     from octavo.core.errors import OctavoError, OctavoWarning
     from octavo.engines.backend import Profile
     from octavo.engines.engine import Engine
-    from octavo.layers.checkpoint import load_quantized, save_quantized
-    from octavo.layers.recipes import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
+    from octavo.graph.attention import AttentionPair, attention_pairs
     from octavo.pipelines.build import build, load
     from octavo.pipelines.calibrate import calibrate
     from octavo.pipelines.compare import compare
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from octavo.pipelines.quantize import quantize
 
 __all__ = [
+    "AttentionPair",
     "CalibrationTable",
     "Engine",
     "Int4WeightOnly",
@@ -37,6 +44,7 @@ __all__ = [
     "OctavoWarning",
     "Profile",
     "__version__",
+    "attention_pairs",
     "build",
     "calibrate",
     "compare",
@@ -51,12 +59,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "AttentionPair": "octavo.graph.attention",
+    "attention_pairs": "octavo.graph.attention",
     "CalibrationTable": "octavo.calibration.table",
     "Engine": "octavo.engines.engine",
-    "Int4WeightOnly": "octavo.layers.recipes",
-    "Int8Dynamic": "octavo.layers.recipes",
-    "Int8Static": "octavo.layers.recipes",
-    "Int8WeightOnly": "octavo.layers.recipes",
+    "Int4WeightOnly": "octavo.compression.quantization.recipes",
+    "Int8Dynamic": "octavo.compression.quantization.recipes",
+    "Int8Static": "octavo.compression.quantization.recipes",
+    "Int8WeightOnly": "octavo.compression.quantization.recipes",
     "OctavoError": "octavo.core.errors",
     "OctavoWarning": "octavo.core.errors",
     "Profile": "octavo.engines.backend",
@@ -67,10 +77,10 @@ _HOME = {
     "convert_attention": "octavo.pipelines.convert",
     "load": "octavo.pipelines.build",
     "load_data": "octavo.calibration.data",
-    "load_quantized": "octavo.layers.checkpoint",
+    "load_quantized": "octavo.compression.quantization.checkpoint",
     "quantize": "octavo.pipelines.quantize",
     "random_batches": "octavo.calibration.data",
-    "save_quantized": "octavo.layers.checkpoint",
+    "save_quantized": "octavo.compression.quantization.checkpoint",
 }
 
 

@@ -19,10 +19,10 @@ from filelock import FileLock
 from torch import nn
 
 from octavo.calibration import CalibrationTable
+from octavo.demo import images
+from octavo.demo.run import run_demo
 from octavo.export import TorchExport, export_torch, load_onnx, save_onnx
-from octavo.kernels import native
-from octavo.pipelines import demo_data
-from octavo.pipelines.demo import run_demo
+from octavo.kernels.native import library as native
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -89,14 +89,14 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def lite0(once: Once) -> Lite0:
     """The real network; exported once for all workers."""
-    module = demo_data.efficientnet_lite0()
+    module = images.efficientnet_lite0()
 
     def make(folder: Path) -> None:
-        exported = export_torch(module, torch.zeros(1, 3, demo_data.SIZE, demo_data.SIZE))
+        exported = export_torch(module, torch.zeros(1, 3, images.SIZE, images.SIZE))
         save_onnx(exported.model, folder / "lite0.onnx")
         torch.export.save(exported.program, folder / "lite0.pt2")
-        np.save(folder / "cal.npy", demo_data.crops(demo_data.CALIBRATION_PHOTOS, 48, seed=0))
-        np.save(folder / "ev.npy", demo_data.crops(demo_data.EVALUATION_PHOTOS, 32, seed=1))
+        np.save(folder / "cal.npy", images.crops(images.CALIBRATION_PHOTOS, 48, seed=0))
+        np.save(folder / "ev.npy", images.crops(images.EVALUATION_PHOTOS, 32, seed=1))
 
     folder = once("lite0", make)
     program = torch.export.load(folder / "lite0.pt2")

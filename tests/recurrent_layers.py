@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from octavo.layers import Int8GRU, Int8LSTM, recurrent_cells, recurrent_native
+from octavo.kernels.recurrent import native as recurrent_native
+from octavo.kernels.recurrent import reference as recurrent_cells
+from octavo.layers import Int8GRU, Int8LSTM
 
 PAIRS = {"LSTM": (nn.LSTM, Int8LSTM), "GRU": (nn.GRU, Int8GRU)}
 TORCH_WAYS = ("plain", "packed", "operator")

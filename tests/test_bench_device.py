@@ -17,7 +17,7 @@ from bench import device, device_report, device_tests, device_worker, kernels
 from bench import plots as plots_module
 from bench.__main__ import names
 from octavo.kernels.cases import OPERATORS
-from octavo.kernels.store import gpu_slug
+from octavo.kernels.dispatch.store import gpu_slug
 
 ROOT = Path(device.__file__).parents[1]
 

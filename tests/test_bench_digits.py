@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench import digits
-from octavo.layers import EfficientAttention, LinearAttention, attention_pairs
+from octavo import attention_pairs
+from octavo.layers import EfficientAttention, LinearAttention
 
 
 def test_pictures_are_apart() -> None:

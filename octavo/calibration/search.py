@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from octavo.calibration.bias_correction import correct_biases
-from octavo.calibration.judge import Judge, Score
+from octavo.calibration.evaluator import Judge, Score
 from octavo.calibration.observers import OBSERVERS, choose_range, observed_ranges
 from octavo.calibration.statistics import TensorStatistics
 from octavo.core.arrays import Array, Float32

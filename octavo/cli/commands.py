@@ -47,7 +47,7 @@ def demo(
     ),
 ) -> None:
     """Show what Octavo does, on a real network: about a minute, no GPU needed."""
-    from octavo.pipelines.demo import run_demo
+    from octavo.demo.run import run_demo
     from octavo.reports import print_report
 
     result = run_demo(out, say=lambda text: typer.secho(f"• {text}", err=True))

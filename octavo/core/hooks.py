@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hooked"]
+__all__ = ["Hooked", "has_hooks"]
 
 
 class Hooked:
@@ -27,3 +28,14 @@ class Hooked:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of the caller's runs when the module does."""
+    return bool(
+        "forward" in vars(module)  # a function that was put in its place
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -4,9 +4,10 @@ A folder an operator; each holds schema.py (the public function and all validati
 and triton.py, which take the same arguments.
 """
 
+from octavo.kernels.common.codes import fold_zero_point
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv1d, depthwise_conv2d
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
-from octavo.kernels.dispatch import explain, use_backend
+from octavo.kernels.dispatch.select import explain, use_backend
 from octavo.kernels.dynamic_quantize.schema import (
     LayerNorm,
     RmsNorm,
@@ -22,7 +23,6 @@ from octavo.kernels.linear_attention.schema import (
 )
 from octavo.kernels.static_quantize.schema import static_quantize
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
-from octavo.kernels.zero_points import fold_zero_point
 
 __all__ = [
     "LayerNorm",

@@ -10,7 +10,7 @@ import torch
 
 from octavo.core.errors import UnsupportedError
 from octavo.kernels.cases import Call, Case, cases_of
-from octavo.kernels.dispatch import explain
+from octavo.kernels.dispatch.select import explain
 from octavo.measure.kernels import KernelTime, kernel_times
 from octavo.measure.limits import Limits
 

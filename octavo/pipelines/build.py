@@ -12,6 +12,14 @@ import numpy as np
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
 from octavo.calibration.collect import with_outputs
+from octavo.calibration.sources import (
+    ModelLike,
+    ModelSource,
+    calibrate_source,
+    first_batch,
+    is_batches,
+    resolve_model,
+)
 from octavo.core.errors import BuildError, InputError, UnsupportedError
 from octavo.core.feeds import as_feeds, split_batch
 from octavo.core.files import sha256_bytes
@@ -33,8 +41,7 @@ from octavo.engines.cache import cache_key
 from octavo.export import QdqModel, input_specs, make_session, place, quantize_graph, unsigned_spec
 from octavo.export.precision import float16_overflows
 from octavo.export.torch_export import Inputs
-from octavo.pipelines.calibrate import calibrate_source
-from octavo.pipelines.sources import ModelLike, ModelSource, first_batch, is_batches, resolve_model
+from octavo.pipelines.calibrate import show_trials
 
 __all__ = ["build", "load"]
 
@@ -174,7 +181,10 @@ def _table(
     if isinstance(calibration, CalibrationTable):
         calibration.check_model(source.fingerprint)
         return calibration
-    return calibrate_source(source, calibration, options, progress, verbose)
+    table = calibrate_source(source, calibration, options, progress)
+    if verbose:
+        show_trials(table)
+    return table
 
 
 def _quantize(

@@ -6,14 +6,18 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.calibration import CalibrationOptions, CalibrationTable, calibrate_graph
-from octavo.calibration.data import load_data
-from octavo.core.progress import Progress, default_progress
-from octavo.export import input_specs
+from octavo.calibration import CalibrationOptions, CalibrationTable
+from octavo.calibration.sources import (
+    ModelLike,
+    calibrate_source,
+    first_batch,
+    is_batches,
+    resolve_model,
+)
+from octavo.core.progress import Progress
 from octavo.export.torch_export import Inputs
-from octavo.pipelines.sources import ModelLike, ModelSource, first_batch, is_batches, resolve_model
 
-__all__ = ["calibrate", "calibrate_source"]
+__all__ = ["calibrate", "show_trials"]
 
 
 def calibrate(
@@ -58,26 +62,15 @@ def calibrate(
     if example_inputs is None and is_batches(data):
         example_inputs, data = first_batch(data)  # type: ignore[arg-type] # checked by is_batches
     source = resolve_model(model, example_inputs)
-    return calibrate_source(source, data, options, progress, verbose)
+    table = calibrate_source(source, data, options, progress)
+    if verbose:
+        show_trials(table)
+    return table
 
 
-def calibrate_source(
-    source: ModelSource,
-    data: Iterable[Any] | str | os.PathLike[str],
-    options: CalibrationOptions,
-    progress: Progress | None,
-    verbose: bool,
-) -> CalibrationTable:
-    """Calibrates a model that has been resolved, and prints what was compared."""
-    batches: Iterable[Any]
-    if isinstance(data, (str, os.PathLike)):
-        batches = load_data(data, input_specs(source.graph))
-    else:
-        batches = data
-    table = calibrate_graph(source.graph, batches, options, progress=progress or default_progress())
-    table = table.model_copy(update={"fingerprint": dict(source.fingerprint)})
-    if verbose and len(table.trials) > 1:
+def show_trials(table: CalibrationTable) -> None:
+    """Prints what calibration compared, if anything."""
+    if len(table.trials) > 1:
         from octavo.reports import print_trials
 
         print_trials(table.trials)
-    return table

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from octavo.core.errors import InputError, OctavoError
+from octavo.core.models import evaluating, held_bytes, run_batch
 from octavo.core.swaps import LayerSwap, SwapSummary
-from octavo.layers.convert import AttentionChoice, Teachers, linear_form, plan_attention
-from octavo.layers.linear_calls import LinearMultiheadAttention, LinearSelfAttention
-from octavo.layers.plan import Selector
-from octavo.layers.structure import Edits, places
-from octavo.layers.swap import keep_off_fused_kernels
-from octavo.pipelines.models import evaluating, held_bytes, run_batch
+from octavo.graph.attention import AttentionChoice, Teachers, linear_form, plan_attention
+from octavo.graph.install import keep_off_fused_kernels
+from octavo.graph.patch import Edits, places
+from octavo.graph.select import Selector
+from octavo.layers.attention.linear import LinearMultiheadAttention, LinearSelfAttention
 
 __all__ = ["convert_attention"]
 
@@ -23,7 +23,7 @@ HEADLINE = "attentions are linear"
 NOTE = (
     "The weights are those of the softmax attention, but something else is computed from them: "
     "accuracy drops until the model is distilled or fine-tuned. "
-    "octavo.layers.attention_pairs(model) gives each softmax attention with the linear one in its "
+    "octavo.attention_pairs(model) gives each softmax attention with the linear one in its "
     "place."
 )
 UNREACHED = "the example never reached it"
@@ -67,7 +67,7 @@ def convert_attention(
         verbose: print what was converted, what not and why.
 
     Returns:
-        the converted model. `octavo_summary` is a `SwapSummary`; `octavo.layers.attention_pairs`
+        the converted model. `octavo_summary` is a `SwapSummary`; `octavo.attention_pairs`
         gives the teachers and students that distillation needs.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from octavo.layers.fuse import fuse_model
+from octavo.graph import fuse_model
 
 __all__ = ["fuse"]
 

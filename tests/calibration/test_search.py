@@ -11,7 +11,7 @@ import pytest
 from tiny_graphs import Net, run, run_optimized
 
 from octavo.calibration import OBSERVERS, CalibrationOptions, CalibrationTable, calibrate_graph
-from octavo.calibration.judge import Judge, Score
+from octavo.calibration.evaluator import Judge, Score
 from octavo.calibration.observers import choose_range
 from octavo.calibration.search import (
     FACTOR_LIMIT,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.kernels.int8_conv2d import onednn
+from octavo.kernels.common import onednn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # of the norm; the interpreter cuts bfloat16 off instead of rounding it

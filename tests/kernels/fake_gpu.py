@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.kernels import contest, store, trial, tuning
+from octavo.kernels.dispatch import contest, store, tuning
+from octavo.kernels.dispatch import measurement as trial
 from octavo.measure.kernels import KernelTime
 
 GPU = torch.device("cuda", 0)

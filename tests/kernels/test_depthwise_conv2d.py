@@ -29,10 +29,9 @@ from octavo.kernels import (
     depthwise_conv1d,
     depthwise_conv2d,
 )
+from octavo.kernels.common.convolution import Convolution, Window, make_window
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.depthwise_conv2d import conv2d
-from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
-from octavo.kernels.window import Window, make_window
 
 body = pytest.importorskip("octavo.kernels.depthwise_conv2d.triton")
 

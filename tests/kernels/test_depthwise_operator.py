@@ -20,11 +20,10 @@ from octavo.kernels import (
     depthwise_conv2d,
     explain,
 )
+from octavo.kernels.common import onednn
+from octavo.kernels.common.convolution import Convolution, make_window
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.depthwise_conv2d import schema
-from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.int8_conv2d import onednn
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
-from octavo.kernels.window import make_window
 
 pytest.importorskip("octavo.kernels.depthwise_conv2d.triton")
 
@@ -144,10 +143,10 @@ REALS = {"x": reals(2, 4, 5, 5), "weight": reals(4, 1, 3, 3)}
         (REALS, {"weight": reals(4, 1, 3, 3).to("meta")}, "weight is on meta and x on cpu; move"),
         (REALS, {"stride": 0}, "stride is 0; give a number or .vertical, horizontal., from 1"),
         (REALS, {"dilation": (1, 1, 1)}, r"dilation is \(1, 1, 1\); give a number"),
-        (REALS, {"padding": -1}, "padding is -1; give a number"),
+        (REALS, {"padding": -1}, "padding is -1; give one number"),
         (REALS, {"padding": (1, 2, 3)}, r"padding is \(1, 2, 3\); give one number"),
         (REALS, {"padding": (1, 2, 3, -1)}, r"padding is \(1, 2, 3, -1\); give one number"),
-        (REALS, {"padding": "valid"}, "padding 'valid' is unknown; use 'same' or numbers"),
+        (REALS, {"padding": "full"}, "padding is 'full'; give one number"),
         (REALS, {"dilation": 3}, "no window of 7 x 7 pixels fits into an image of 5 x 5"),
         (REALS, {"zero_point": 3}, "zero_point is 3 and belongs to int8 codes, and x is"),
         (REALS, {"scale_x": ONE}, "scales and int32 output belong to int8 codes, and x is"),

@@ -26,11 +26,10 @@ from torch.nn import functional
 from octavo.kernels import (
     depthwise_separable_conv2d,
 )
-from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.common.codes import to_int8
+from octavo.kernels.common.convolution import Convolution, Window
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
-from octavo.kernels.rounding import to_int8
-from octavo.kernels.window import Window
 
 body = pytest.importorskip("octavo.kernels.depthwise_separable_conv2d.triton")
 

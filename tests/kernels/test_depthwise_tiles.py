@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from octavo.kernels.depthwise_conv2d.tiles import (
+from octavo.kernels.common.convolution import Window
+from octavo.kernels.depthwise_conv2d.configs import (
     candidates,
     config,
     loaded_pixels,
     scattered,
     unit,
 )
-from octavo.kernels.depthwise_separable_conv2d import tiles as separable
-from octavo.kernels.window import Window
+from octavo.kernels.depthwise_separable_conv2d import configs as separable
 
 GEOMETRIES = [  # H, W of the image, kernel, stride
     (112, 112, 3, 1),

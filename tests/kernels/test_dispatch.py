@@ -18,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from octavo import kernels
 from octavo.core.errors import InputError, OctavoError, OctavoWarning, UnsupportedError
-from octavo.kernels import dispatch, explain, int8_gemm, store
-from octavo.kernels.dispatch import Body, select
+from octavo.kernels import explain, int8_gemm
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.dispatch import select as dispatch
+from octavo.kernels.dispatch import store
+from octavo.kernels.dispatch.select import Body, select
 from octavo.kernels.int8_gemm import dequantize, schema
-from octavo.kernels.int8_gemm.reference import Epilogue
 
 CPU = torch.device("cpu")
 

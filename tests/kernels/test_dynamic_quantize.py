@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import dynamic_quantize, explain
+from octavo.kernels.common.codes import scale_of_peak, to_int8
+from octavo.kernels.dynamic_quantize.configs import candidates, config
 from octavo.kernels.dynamic_quantize.prologue import ACTIVATIONS, Prologue
 from octavo.kernels.dynamic_quantize.schema import LayerNorm, RmsNorm, add_dynamic_quantize
-from octavo.kernels.dynamic_quantize.tiles import candidates, config
-from octavo.kernels.rounding import scale_of_peak, to_int8
 from octavo.quant import PerTensor, PerToken, choose_qparams, quantize
 
 triton_body = pytest.importorskip("octavo.kernels.dynamic_quantize.triton")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from octavo.core.errors import UnsupportedError
 from octavo.kernels import fold_zero_point, int8_conv2d
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.common.epilogue import ACTIVATIONS
 
 triton_body = pytest.importorskip("octavo.kernels.int8_conv2d.triton")
 

@@ -11,12 +11,11 @@ from convolutions import codes, dense_call, lend_poisoned
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_conv2d
-from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.common.convolution import Convolution, Window
+from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.int8_conv2d import cases, reference, schema
-from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.tiles import shared_limit
-from octavo.kernels.window import Window
+from octavo.kernels.int8_conv2d.configs import Facts, candidates, config
+from octavo.kernels.int8_gemm.configs import shared_limit
 
 triton_body = pytest.importorskip("octavo.kernels.int8_conv2d.triton")
 
@@ -148,7 +147,7 @@ GOOD = {"x_q": X, "w_q": W, "scale_x": ONE, "scale_w": ONE}
         ({"w_q": W.to("meta")}, "w_q is on meta and x_q on cpu; move one"),
         ({"zero_point": 128}, "zero_point is 128; an int8 code is from -128 to 127"),
         ({"stride": 0}, "stride is 0"),
-        ({"padding": "valid"}, "padding 'valid' is unknown"),
+        ({"padding": "full"}, "padding is 'full'"),
         ({"padding": (1, 2, 3)}, r"padding is \(1, 2, 3\)"),
         ({"dilation": 4}, "no window of 9 x 9 pixels fits into an image of 5 x 5"),
         ({"out_dtype": torch.float64}, "out_dtype torch.float64 is unknown"),

@@ -9,10 +9,10 @@ import torch
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_gemm
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm import int_mm
 from octavo.kernels.int8_gemm import native as native_body
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
-from octavo.kernels.int8_gemm.tiles import config
+from octavo.kernels.int8_gemm.configs import config
 
 triton_body = pytest.importorskip("octavo.kernels.int8_gemm.triton")
 

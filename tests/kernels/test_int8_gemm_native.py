@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm import native
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm.reference import int8_gemm as oracle
 
 pytestmark = pytest.mark.skipif(bool(native.LIBRARY.why_not()), reason=native.LIBRARY.why_not())

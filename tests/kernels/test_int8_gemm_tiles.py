@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS, Epilogue
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
+from octavo.kernels.int8_gemm.configs import bucket, candidates, config, shared_bytes, shared_limit
 from octavo.kernels.int8_gemm.reference import int8_gemm as oracle
-from octavo.kernels.int8_gemm.tiles import bucket, candidates, config, shared_bytes, shared_limit
 
 body = pytest.importorskip("octavo.kernels.int8_gemm.triton")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from attention_inputs import some_state, tokens
 
-from octavo.kernels.linear_attention import tiles, traffic
+from octavo.kernels.linear_attention import configs as tiles
+from octavo.kernels.linear_attention import traffic
 from octavo.kernels.linear_attention.reference import EPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kernels import State, linear_attention, linear_attention_step
-from octavo.kernels.linear_attention import reference, tiles
+from octavo.kernels.linear_attention import configs as tiles
+from octavo.kernels.linear_attention import reference
 from octavo.kernels.linear_attention.reference import EPS, FEATURE_MAPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from octavo.core.errors import OctavoWarning, UnsupportedError
-from octavo.kernels import native
 from octavo.kernels.int8_gemm.native import LIBRARY
+from octavo.kernels.native import library as native
 
 pytestmark = pytest.mark.skipif(bool(LIBRARY.why_not()), reason=LIBRARY.why_not())
 

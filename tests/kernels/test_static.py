@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import static
-from octavo.kernels.int8_gemm.tiles import candidates
+from octavo.kernels.int8_gemm.configs import candidates
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,9 @@ import torch
 from fake_gpu import FACTS, GPU, FakeGpu
 
 from octavo.core.errors import OctavoError, OctavoWarning
-from octavo.kernels import store, trial, tuning
-from octavo.kernels.tuning import best, label, size_bucket
+from octavo.kernels.dispatch import measurement as trial
+from octavo.kernels.dispatch import store, tuning
+from octavo.kernels.dispatch.tuning import best, label, size_bucket
 
 RULE = {"BLOCK": 16, "num_warps": 4}
 WIDE = {"BLOCK": 64, "num_warps": 4}

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, weight_only_gemm
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.common.epilogue import ACTIVATIONS
 from octavo.kernels.weight_only_gemm import schema
+from octavo.kernels.weight_only_gemm.configs import candidates, config
 from octavo.kernels.weight_only_gemm.reference import Epilogue, Weight
-from octavo.kernels.weight_only_gemm.tiles import candidates, config
 from octavo.quant.packing import pack, unpack
 from octavo.quant.qparams import QDType
 

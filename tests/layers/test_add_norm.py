@@ -16,8 +16,9 @@ from torch import nn
 import octavo
 from octavo import Int8Dynamic, Int8Static
 from octavo.kernels import use_backend
-from octavo.layers import Int8Linear, add_norm
-from octavo.layers.add_norm import AddNorm
+from octavo.layers import Int8Linear
+from octavo.layers.linear import add_norm
+from octavo.layers.linear.add_norm import AddNorm
 
 here = pytest.mark.skipif(bool(add_norm.LIBRARY.why_not()), reason=add_norm.LIBRARY.why_not())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from octavo.core.errors import InputError
-from octavo.layers.attention_masks import causal_or_full, kept, key_padding
+from octavo.layers.attention.masks import causal_or_full, kept, key_padding
 
 KEEP = torch.tensor([[True, True, True, False], [False, True, True, True]])
 LOWER = torch.ones(4, 4, dtype=torch.bool).tril()

@@ -15,8 +15,8 @@ import octavo
 from octavo.core.errors import ArtifactError, InputError
 from octavo.kernels import use_backend
 from octavo.layers import Int8Conv2d
-from octavo.layers.conv import signed
-from octavo.layers.int8_separable import Int8DepthwiseSeparableConv2d
+from octavo.layers.convolution.int8 import signed
+from octavo.layers.convolution.separable import Int8DepthwiseSeparableConv2d
 from octavo.quant import PerChannel, QParams, choose_qparams, dequantize, quantize
 
 UNSIGNED = QParams(torch.tensor(0.02), torch.tensor(100), "uint8")

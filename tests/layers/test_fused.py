@@ -14,16 +14,17 @@ from randomised import randomise, relative_error
 from torch import nn
 from torch.nn import functional
 
+import octavo
 from octavo.core.errors import InputError
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.graph.fold import fold_norm
+from octavo.kernels.common.epilogue import ACTIVATIONS
 from octavo.layers import (
     DepthwiseSeparableConv2d,
     FusedConv2d,
     FusedSeparableConv2d,
     MobileNetBlock,
-    fused,
 )
-from octavo.layers.fuse.fold import fold_norm
+from octavo.layers.convolution import fused
 
 
 def layer(*sizes: Any, seed: int = 0, **options: Any) -> FusedConv2d:
@@ -131,7 +132,10 @@ def test_layers_say_what_they_are() -> None:
     [
         (lambda: FusedConv2d(4, 4, 3, activation="mish"), "activation 'mish' is unknown; use one"),
         (lambda: FusedConv2d(4, 4, 3, final_activation=""), "activation '' is unknown"),
-        (lambda: FusedConv2d(4, 4, 3, padding=(1, 2, 3)), r"padding is \(1, 2, 3\); give a number"),
+        (
+            lambda: FusedConv2d(4, 4, 3, padding=(1, 2, 3)),
+            r"padding is \(1, 2, 3\); give one number",
+        ),
         (lambda: FusedConv2d(4, 4, 3, padding=(1, 1, 1, -1)), "padding is"),
         (
             lambda: FusedSeparableConv2d(FusedConv2d(4, 4, 3), FusedConv2d(4, 4, 1)),
@@ -182,8 +186,7 @@ def test_a_separable_block_learns_and_is_fused(kind: str) -> None:
     assert all(parameter.grad is not None for parameter in block.parameters())
     step.step()
     assert not torch.equal(block(x).square().mean(), before)
-    form = block.fused()
-    assert block.training
+    form = octavo.fuse(block.eval(), verbose=False)
     assert [type(child) for child in form.children()] == [FusedSeparableConv2d]
     with torch.no_grad():
         wanted = block.eval()(x)
@@ -215,7 +218,7 @@ def test_a_mobilenet_block_adds_its_input(
         y = block.pointwise_activation(block.pointwise_norm(block.pointwise(y)))
         wanted = y + x if residual else y
         assert torch.equal(block(x), wanted)
-        form = block.fused()
+        form = octavo.fuse(block.eval(), verbose=False)
         assert relative_error(form(x), wanted) < 1e-5
     assert [type(child) for child in form.children()] == [FusedSeparableConv2d]
     (node,) = (node for node in form.graph.nodes if node.op == "call_module")

@@ -25,13 +25,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 
 from bench.recurrent_text import CharacterModel, Text, held_out, trained
 from octavo.core.errors import InputError
-from octavo.layers import (
-    Int8GRU,
-    Int8LSTM,
-    recurrent_cells,
-    recurrent_native,
-    recurrent_steps,
-)
+from octavo.kernels.recurrent import native as recurrent_native
+from octavo.kernels.recurrent import reference as recurrent_cells
+from octavo.kernels.recurrent import schema as recurrent_steps
+from octavo.layers import Int8GRU, Int8LSTM
 from octavo.quant import PerChannel, choose_qparams, quantize, sqnr_db
 
 pytestmark = pytest.mark.usefixtures("without_gradients")

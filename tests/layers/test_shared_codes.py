@@ -16,7 +16,7 @@ from octavo import Int8Dynamic
 from octavo.core.errors import InputError
 from octavo.kernels.dynamic_quantize import native
 from octavo.layers import Int8Linear
-from octavo.layers.shared_codes import SharedCodes
+from octavo.layers.linear.shared_codes import SharedCodes
 
 
 class Attention(nn.Module):
@@ -187,7 +187,7 @@ def test_a_swap_that_fails_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _then(after: Any) -> Any:
-    from octavo.layers.swap import install
+    from octavo.graph.install import install
 
     def both(*arguments: Any) -> None:
         install(*arguments)

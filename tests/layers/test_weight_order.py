@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from octavo.kernels import use_backend
-from octavo.layers import FusedConv2d, FusedSeparableConv2d, Int8Conv2d, fused
-from octavo.layers.int8_separable import Int8DepthwiseSeparableConv2d
-from octavo.layers.weight_order import in_kernel_order
+from octavo.kernels.common.convolution import in_kernel_order
+from octavo.layers import FusedConv2d, FusedSeparableConv2d, Int8Conv2d
+from octavo.layers.convolution import fused
+from octavo.layers.convolution.separable import Int8DepthwiseSeparableConv2d
 
 FORMS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "depthwise": ((16, 16, 3), {"groups": 16, "padding": 1}),

@@ -253,7 +253,7 @@ def test_a_failure_leaves_the_model_as_it_was(moment: str, monkeypatch: pytest.M
         def fail(*_: object) -> None:
             raise OctavoError("on purpose")
 
-        monkeypatch.setattr("octavo.layers.swap.keep_off_fused_kernels", fail)
+        monkeypatch.setattr("octavo.graph.install.keep_off_fused_kernels", fail)
     before, activation = state(model), model.layers[0].activation
     nested = model.use_nested_tensor
     with pytest.raises(OctavoError), torch.no_grad():

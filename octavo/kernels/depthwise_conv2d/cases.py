@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.common.codes import to_int8
+from octavo.kernels.common.convolution import Window, make_window
+from octavo.kernels.depthwise_conv2d.configs import config, loaded_pixels
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
-from octavo.kernels.depthwise_conv2d.tiles import config, loaded_pixels
-from octavo.kernels.rounding import to_int8
-from octavo.kernels.window import Window, make_window
 
 __all__ = [
     "AXES", "BACKENDS", "BATCHES", "baselines", "cases", "in_torch", "in_torch_orders",

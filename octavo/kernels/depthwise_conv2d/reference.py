@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional
 
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.window import Window
+from octavo.kernels.common.convolution import Convolution
 
-__all__ = ["Convolution", "depthwise_conv2d"]
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """What is done with images and weights.
-
-    Attributes:
-        window: where the taps are.
-        zero_point: code that padding holds; 0 for floats.
-        epilogue: what happens to the sums.
-    """
-
-    window: Window
-    zero_point: int
-    epilogue: Epilogue
-
-    def finish(self, sums: torch.Tensor) -> torch.Tensor:
-        """From sums [B, C, H, W], no longer needed, to the result, channels_last."""
-        last = sums.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        return self.epilogue(last).permute(0, 3, 1, 2)
+__all__ = ["depthwise_conv2d"]
 
 
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tensor:

@@ -8,24 +8,22 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
+from octavo.kernels.common import onednn
+from octavo.kernels.common.convolution import (
+    Convolution,
+    Padding,
+    Size2d,
+    check_zero_point,
+    make_window,
+    window_of,
+)
+from octavo.kernels.common.epilogue import Epilogue, check_epilogue
 from octavo.kernels.depthwise_conv2d import conv2d, reference
-from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.int8_conv2d import onednn
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.schema import check_epilogue
-from octavo.kernels.tracing import is_inlined, wants_gradient
-from octavo.kernels.tuning import size_bucket
-from octavo.kernels.window import Padding, Pair, make_window, window_of
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
+from octavo.kernels.dispatch.tuning import size_bucket
 
-__all__ = [
-    "check_images",
-    "check_zero_point",
-    "depthwise_conv1d",
-    "depthwise_conv2d",
-    "kind",
-    "result_dtype",
-]
+__all__ = ["check_images", "depthwise_conv1d", "depthwise_conv2d", "kind", "result_dtype"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 
@@ -35,9 +33,9 @@ def depthwise_conv2d(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    stride: Pair = 1,
+    stride: Size2d = 1,
     padding: Padding = 0,
-    dilation: Pair = 1,
+    dilation: Size2d = 1,
     activation: str = "none",
     scale_x: torch.Tensor | None = None,
     scale_w: torch.Tensor | None = None,
@@ -177,20 +175,6 @@ def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise InputError(f"weight is {weight.dtype} and x {x.dtype}; convert one of them")
     if weight.device != x.device:
         raise InputError(f"weight is on {weight.device} and x on {x.device}; move one of them")
-
-
-def check_zero_point(x: torch.Tensor, zero_point: int) -> None:
-    """The zero point is a code, of codes.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not -128 <= zero_point <= 127:
-        raise InputError(f"zero_point is {zero_point}; an int8 code is from -128 to 127")
-    if zero_point and x.is_floating_point():
-        raise InputError(
-            f"zero_point is {zero_point} and belongs to int8 codes, and x is {x.dtype}; leave it 0"
-        )
 
 
 def result_dtype(

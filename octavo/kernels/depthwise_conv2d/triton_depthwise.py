@@ -1,12 +1,16 @@
 """A block of channels of a tile of pixels a program."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from octavo.kernels.common.triton_epilogue import add_to_sums, finish
 from octavo.kernels.depthwise_conv2d.triton_window import known_multiple, tile_pixels, window_sums
-from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish
 
 __all__ = ["depthwise_kernel"]
 

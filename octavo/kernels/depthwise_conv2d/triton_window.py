@@ -1,5 +1,9 @@
 """Where the pixels of a tile are, and the sums of their windows, inside a Triton kernel."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

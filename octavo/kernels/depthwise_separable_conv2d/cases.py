@@ -9,15 +9,15 @@ import torch
 from torch.nn import functional
 
 from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance
+from octavo.kernels.common.convolution import make_window
 from octavo.kernels.depthwise_conv2d.cases import (
     BATCHES,
     in_torch,
     in_torch_orders,
     value_size,
 )
+from octavo.kernels.depthwise_separable_conv2d.configs import config, loaded_bytes
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
-from octavo.kernels.depthwise_separable_conv2d.tiles import config, loaded_bytes
-from octavo.kernels.window import make_window
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "planned_bytes", "small_shapes"]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.kernels.depthwise_conv2d.reference import Convolution, depthwise_conv2d
-from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.common.convolution import Convolution
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.depthwise_conv2d.reference import depthwise_conv2d
 
 __all__ = ["Separable", "depthwise_separable_conv2d"]
 

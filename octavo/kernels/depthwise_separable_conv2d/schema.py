@@ -8,20 +8,20 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.depthwise_conv2d.schema import (
-    check_images,
+from octavo.kernels.common.convolution import (
+    Convolution,
+    Padding,
+    Size2d,
     check_zero_point,
-    kind,
-    result_dtype,
+    make_window,
+    window_of,
 )
+from octavo.kernels.common.epilogue import FLOATS, MAX_K, Epilogue, check_epilogue, check_tensor
+from octavo.kernels.depthwise_conv2d.schema import check_images, kind, result_dtype
 from octavo.kernels.depthwise_separable_conv2d import reference, two_kernel
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, check_epilogue, check_tensor
-from octavo.kernels.tracing import is_inlined, wants_gradient
-from octavo.kernels.window import Padding, Pair, make_window, window_of
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
 
 __all__ = ["depthwise_separable_conv2d"]
 
@@ -36,9 +36,9 @@ def depthwise_separable_conv2d(
     pw_weight: torch.Tensor,
     pw_bias: torch.Tensor | None,
     *,
-    stride: Pair = 1,
+    stride: Size2d = 1,
     padding: Padding = 0,
-    dilation: Pair = 1,
+    dilation: Size2d = 1,
     dw_activation: str = "none",
     pw_activation: str = "none",
     residual: torch.Tensor | None = None,

@@ -1,5 +1,9 @@
 """Launcher of the Triton kernel: memory orders, tile sizes, grid."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import functools
@@ -8,14 +12,14 @@ from collections.abc import Iterator, Mapping
 import torch
 import triton
 
-from octavo.kernels.depthwise_conv2d.tiles import unit
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.common.triton_launch import end_arguments, end_constants
+from octavo.kernels.depthwise_conv2d.configs import unit
 from octavo.kernels.depthwise_conv2d.triton import by_taps, window_arguments
+from octavo.kernels.depthwise_separable_conv2d.configs import candidates, config, pieces
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
-from octavo.kernels.depthwise_separable_conv2d.tiles import candidates, config, pieces
 from octavo.kernels.depthwise_separable_conv2d.triton_separable import separable_kernel
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.triton import end_arguments, end_constants
-from octavo.kernels.tuning import best, size_bucket
+from octavo.kernels.dispatch.tuning import best, size_bucket
 
 __all__ = ["depthwise_separable_conv2d"]
 

@@ -1,14 +1,16 @@
 """A tile of pixels a program: depthwise sums by blocks of channels, each multiplied at once."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from octavo.kernels.common.triton_epilogue import activate, add_to_sums, finish_pieces, to_int8
 from octavo.kernels.depthwise_conv2d.triton_window import known_multiple, tile_pixels, window_sums
-from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
-from octavo.kernels.triton_epilogue import activate
-from octavo.kernels.triton_rounding import to_int8
 from octavo.kernels.weight_only_gemm.triton_codes import dot
 
 __all__ = ["separable_kernel"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.common.convolution import Convolution
+from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
-from octavo.kernels.int8_gemm.reference import Epilogue
 from octavo.kernels.int8_gemm.schema import int8_gemm
 
 __all__ = ["depthwise_separable_conv2d"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from octavo.kernels.dynamic_quantize.prologue import Prologue
-from octavo.kernels.native import INT, POINTER, SIZE, Library, threads_for
+from octavo.kernels.native.library import INT, POINTER, SIZE, Library, threads_for
 
 __all__ = ["dynamic_quantize", "quantize_rows", "why_not"]
 

@@ -10,8 +10,8 @@ import threading
 
 import torch
 
+from octavo.kernels.common.codes import QMAX, scale_of_peak, to_int8
 from octavo.kernels.dynamic_quantize.prologue import Prologue
-from octavo.kernels.rounding import QMAX, scale_of_peak, to_int8
 
 __all__ = ["add_dynamic_quantize", "dynamic_quantize", "quantize_rows"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
 from octavo.kernels.dynamic_quantize import native, reference
 from octavo.kernels.dynamic_quantize.prologue import ACTIVATIONS, LayerNorm, Prologue, RmsNorm
-from octavo.kernels.tracing import is_inlined, wants_gradient
 
 __all__ = ["LayerNorm", "RmsNorm", "add_dynamic_quantize", "dynamic_quantize"]
 

@@ -1,5 +1,9 @@
 """Launches the Triton kernels: chooses how rows are read, and finds them in strided tensors."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import functools
@@ -8,10 +12,10 @@ from collections.abc import Iterator, Mapping
 import torch
 import triton
 
+from octavo.kernels.dispatch.tuning import best, size_bucket
+from octavo.kernels.dynamic_quantize.configs import candidates, config
 from octavo.kernels.dynamic_quantize.prologue import Prologue
-from octavo.kernels.dynamic_quantize.tiles import candidates, config
 from octavo.kernels.dynamic_quantize.triton_rows import long_row_kernel, rows_kernel
-from octavo.kernels.tuning import best, size_bucket
 
 __all__ = ["add_dynamic_quantize", "dynamic_quantize"]
 

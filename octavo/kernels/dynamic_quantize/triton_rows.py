@@ -1,12 +1,15 @@
 """A program takes whole rows, from the norm or activation to the codes."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton_epilogue import activate
-from octavo.kernels.triton_rounding import to_int8
+from octavo.kernels.common.triton_epilogue import activate, to_int8
 
 __all__ = ["long_row_kernel", "rows_kernel"]
 

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.common.codes import to_int8
+from octavo.kernels.common.convolution import make_window
+from octavo.kernels.int8_conv2d.configs import Facts, config, folds
 from octavo.kernels.int8_conv2d.schema import int8_conv2d
-from octavo.kernels.int8_conv2d.tiles import Facts, config, folds
-from octavo.kernels.rounding import to_int8
-from octavo.kernels.window import make_window
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "planned_bytes", "small_shapes"]
 

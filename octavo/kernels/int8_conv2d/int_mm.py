@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch.nn import functional
 
-from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.common.convolution import Convolution
+from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_gemm import int_mm
-from octavo.kernels.int8_gemm.reference import Epilogue
 
 __all__ = ["int8_conv2d", "why_not"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.common.convolution import Convolution
 
 __all__ = ["int8_conv2d", "is_pointwise"]
 

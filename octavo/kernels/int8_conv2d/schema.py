@@ -9,14 +9,26 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.depthwise_conv2d.reference import Convolution
-from octavo.kernels.depthwise_conv2d.schema import check_zero_point
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.int8_conv2d import int_mm, onednn, reference
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.schema import FLOATS, MAX_K, MOST_ROWS, check_epilogue, check_tensor
-from octavo.kernels.tuning import size_bucket
-from octavo.kernels.window import Padding, Pair, make_window, window_of
+from octavo.kernels.common import onednn
+from octavo.kernels.common.convolution import (
+    Convolution,
+    Padding,
+    Size2d,
+    check_zero_point,
+    make_window,
+    window_of,
+)
+from octavo.kernels.common.epilogue import (
+    FLOATS,
+    MAX_K,
+    MOST_ROWS,
+    Epilogue,
+    check_epilogue,
+    check_tensor,
+)
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tuning import size_bucket
+from octavo.kernels.int8_conv2d import int_mm, reference
 
 __all__ = ["int8_conv2d"]
 
@@ -28,9 +40,9 @@ def int8_conv2d(
     scale_w: torch.Tensor | None = None,
     *,
     bias: torch.Tensor | None = None,
-    stride: Pair = 1,
+    stride: Size2d = 1,
     padding: Padding = 0,
-    dilation: Pair = 1,
+    dilation: Size2d = 1,
     groups: int = 1,
     zero_point: int = 0,
     activation: str = "none",
@@ -61,7 +73,7 @@ def int8_conv2d(
             INT8 engines do it.
         stride: a number for both directions, or (vertical, horizontal).
         padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same" as in
-            `octavo.kernels.window.make_window`.
+            `octavo.kernels.common.convolution.make_window`.
         dilation: a number for both directions, or (vertical, horizontal).
         groups: into which the channels of x and of the result are split.
         zero_point: the code of 0.0 in x_q.

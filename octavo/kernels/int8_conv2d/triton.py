@@ -1,5 +1,9 @@
 """Launches the Triton kernel: brings operands into its order, chooses tiles, fills arguments in."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import functools
@@ -9,14 +13,15 @@ import torch
 import triton
 from torch.nn import functional
 
-from octavo.kernels.depthwise_conv2d.reference import Convolution
+from octavo.kernels.common.convolution import Convolution
+from octavo.kernels.common.triton_launch import device_facts, end_arguments, end_constants
 from octavo.kernels.depthwise_conv2d.triton import depthwise_conv2d
+from octavo.kernels.dispatch.tuning import best
+from octavo.kernels.int8_conv2d.configs import Facts, candidates, config, folds
 from octavo.kernels.int8_conv2d.reference import is_pointwise
-from octavo.kernels.int8_conv2d.tiles import Facts, candidates, config, folds
 from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
 from octavo.kernels.int8_gemm import triton as gemm
-from octavo.kernels.int8_gemm.tiles import bucket, pieces
-from octavo.kernels.tuning import best
+from octavo.kernels.int8_gemm.configs import bucket, pieces
 
 __all__ = ["int8_conv2d"]
 
@@ -76,7 +81,7 @@ def _choose(
     window, heavy, channels = c.window, gemm.is_heavy(c.epilogue), w.shape[-1]
     groups = x.shape[-1] // channels
     m, n = out.numel() // len(w), len(w) // groups
-    capability, processors = gemm.device_facts(x.device)
+    capability, processors = device_facts(x.device)
     facts = Facts(bucket(m), n, channels, window.taps, groups, heavy, capability, processors)
     key = (
         f"{bucket(m)}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride "
@@ -120,12 +125,12 @@ def _launch(
     if border == "codes" and not fold:
         codes = x.new_full((channels,), c.zero_point)
     conv_kernel[(count,)](
-        x, w, codes, out, *gemm.end_arguments(e, x),
+        x, w, codes, out, *end_arguments(e, x),
         c.zero_point, m, each, x.shape[1], x.shape[2], channels, high, wide, groups,
         KERNEL_H=window.kernel[0], KERNEL_W=window.kernel[1],
         STRIDE_H=window.stride[0], STRIDE_W=window.stride[1],
         DILATION_H=window.dilation[0], DILATION_W=window.dilation[1],
         TOP=window.padding[2], LEFT=window.padding[0], BORDER=border,
         FOLD=fold, EVEN_C=channels % tiles["BLOCK_K"] == 0, PIECES=pieces(tiles),
-        **gemm.end_constants(e), **tiles,
+        **end_constants(e), **tiles,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from octavo.kernels.cases import (
     by_importance,
     inductor,
 )
-from octavo.kernels.int8_gemm import int_mm, reference
+from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
+from octavo.kernels.int8_gemm import int_mm
 from octavo.kernels.int8_gemm.schema import int8_gemm
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
@@ -78,8 +79,8 @@ def _case(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> Case:
     )
 
 
-def _epilogue(arguments: Mapping[str, Any]) -> reference.Epilogue:
-    return reference.Epilogue(
+def _epilogue(arguments: Mapping[str, Any]) -> Epilogue:
+    return Epilogue(
         arguments["scale_x"],
         arguments["scale_w"],
         arguments.get("bias"),
@@ -120,7 +121,7 @@ def _linear(
 ) -> Callable[[], torch.Tensor]:
     bias = arguments.get("bias")
     bias = None if bias is None else bias.to(x.dtype)
-    activate = reference.ACTIVATIONS[arguments.get("activation", "none")]
+    activate = ACTIVATIONS[arguments.get("activation", "none")]
     return lambda: activate(functional.linear(x, w, bias))
 
 

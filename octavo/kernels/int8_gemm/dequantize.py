@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from octavo.kernels.int8_gemm.reference import Epilogue
+from octavo.kernels.common.epilogue import Epilogue
 
 __all__ = ["int8_gemm", "why_not"]
 

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from octavo.kernels.int8_gemm.reference import IN_PLACE, Epilogue
+from octavo.kernels.common.epilogue import IN_PLACE, Epilogue
 
 __all__ = ["int8_gemm", "scaled_in_place", "why_not"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.native import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.native.library import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
 
 __all__ = ["int8_gemm", "product", "why_not"]
 

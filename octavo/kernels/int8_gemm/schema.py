@@ -8,19 +8,13 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.common.epilogue import FLOATS, MAX_K, MOST_ROWS, Epilogue, check_epilogue
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
 from octavo.kernels.int8_gemm import dequantize, int_mm, native, reference
-from octavo.kernels.int8_gemm.tiles import bucket
-from octavo.kernels.tracing import is_inlined, wants_gradient
+from octavo.kernels.int8_gemm.configs import bucket
 
-__all__ = ["FLOATS", "MAX_K", "MOST_ROWS", "check_epilogue", "check_tensor", "int8_gemm"]
-
-MAX_K = 2**31 // 128**2 - 1
-"""The longest sum of products of two codes that cannot overflow int32."""
-MOST_ROWS = 2**31 - 2**8
-"""Rows of a result that int32 counts, with a tile beyond the last one."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-OUTPUTS = (*FLOATS, torch.int8, torch.int32)
+__all__ = ["int8_gemm"]
 
 
 def int8_gemm(
@@ -88,9 +82,7 @@ def int8_gemm(
     return result
 
 
-def _inlined(
-    x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue, gradient: bool
-) -> torch.Tensor | None:
+def _inlined(x: torch.Tensor, w: torch.Tensor, e: Epilogue, gradient: bool) -> torch.Tensor | None:
     """What a compiler for a CPU should see in the place of the operator, if anything."""
     result: torch.Tensor
     if not (gradient or native.why_not(x, w)):
@@ -126,94 +118,6 @@ def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor) -> None:
         raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
 
 
-def check_epilogue(
-    e: reference.Epilogue,
-    x_q: torch.Tensor,
-    *,
-    scales_x: list[tuple[int, ...]],
-    n: int,
-    result: tuple[int, ...],
-) -> None:
-    """Validates what happens to the sums of an operator.
-
-    Args:
-        e: the epilogue.
-        x_q: codes, or the floats of another operator, for their device and dtype.
-        scales_x: shapes that scale_x may have.
-        n: output channels.
-        result: shape of the result.
-
-    Raises:
-        InputError: a wrong dtype, shape or device, or parts that do not belong together.
-    """
-    if e.out_dtype not in OUTPUTS:
-        raise InputError(f"out_dtype {e.out_dtype} is unknown; use one of {OUTPUTS}")
-    if e.activation not in reference.ACTIVATIONS:
-        raise InputError(
-            f"activation {e.activation!r} is unknown; use one of {', '.join(reference.ACTIVATIONS)}"
-        )
-    raw = e.out_dtype == torch.int32
-    parts = (e.scale_x, e.scale_w, e.bias, e.residual)
-    if raw and (e.activation != "none" or any(value is not None for value in parts)):
-        raise InputError(
-            "int32 output is the accumulators alone; leave scales, bias, activation and residual "
-            "out"
-        )
-    given = [one is not None for one in (e.scale_x, e.scale_w)]
-    if x_q.is_floating_point() and (raw or any(given)):
-        raise InputError(
-            f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
-        )
-    if not (raw or x_q.is_floating_point() or all(given)):
-        raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
-    if (e.out_scale is not None) != (e.out_dtype == torch.int8):
-        raise InputError("out_scale belongs to int8 output; give both or neither")
-    coded = e.residual is not None and e.residual.dtype == torch.int8
-    if (e.residual_scale is not None) != coded:
-        raise InputError("residual_scale belongs to a residual of int8 codes; give both or neither")
-    _check_zero_point("out_zero_point", e.out_zero_point, e.out_scale, "int8 output")
-    codes = "a residual of int8 codes"
-    _check_zero_point("residual_zero_point", e.residual_zero_point, e.residual_scale, codes)
-    check_tensor("scale_x", e.scale_x, scales_x, x_q, (torch.float32,))
-    check_tensor("scale_w", e.scale_w, [(), (n,)], x_q, (torch.float32,))
-    check_tensor("out_scale", e.out_scale, [()], x_q, (torch.float32,))
-    check_tensor("residual_scale", e.residual_scale, [()], x_q, (torch.float32,))
-    kinds = FLOATS if x_q.is_floating_point() else (*FLOATS, torch.int32)
-    check_tensor("bias", e.bias, [(n,)], x_q, kinds)
-    check_tensor("residual", e.residual, [result], x_q, (*FLOATS, torch.int8))
-
-
-def _check_zero_point(name: str, value: int, scale: torch.Tensor | None, owner: str) -> None:
-    if not -128 <= value <= 127:
-        raise InputError(f"{name} is {value}; an int8 code is from -128 to 127")
-    if value and scale is None:
-        raise InputError(f"{name} is {value} and belongs to {owner}; leave it 0")
-
-
-def check_tensor(
-    name: str,
-    value: torch.Tensor | None,
-    shapes: list[tuple[int, ...]],
-    x_q: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
-) -> None:
-    """An argument, where it is given, has one of these shapes and dtypes, and the device of x_q.
-
-    Raises:
-        InputError: it has another.
-    """
-    if value is None:
-        return
-    if tuple(value.shape) not in shapes or value.dtype not in dtypes:
-        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        kinds = " or ".join(str(dtype) for dtype in dtypes)
-        raise InputError(
-            f"{name} is {value.dtype} {list(value.shape)}; it must be {kinds} {wanted}"
-        )
-    if value.device != x_q.device:
-        raise InputError(f"{name} is on {value.device} and x_q on {x_q.device}; move one of them")
-
-
 def _bind(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -227,9 +131,9 @@ def _bind(
     out_dtype: torch.dtype,
     out_zero_point: int,
     residual_zero_point: int,
-) -> tuple[torch.Tensor, torch.Tensor, reference.Epilogue]:
+) -> tuple[torch.Tensor, torch.Tensor, Epilogue]:
     """What bodies take, from the arguments of the registered operator."""
-    epilogue = reference.Epilogue(
+    epilogue = Epilogue(
         scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
         residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
@@ -260,7 +164,7 @@ def _fake(*arguments: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=epilogue.out_dtype)
 
 
-def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: reference.Epilogue) -> torch.Tensor:
+def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     from octavo.kernels.int8_gemm import triton
 
     return triton.int8_gemm(x, w, epilogue)
@@ -273,7 +177,7 @@ def _why_not_triton(x: torch.Tensor, *_: object) -> str:
     return why_not_triton(x, (8, 0))
 
 
-def _kind(x: torch.Tensor, w: torch.Tensor, e: reference.Epilogue) -> tuple[object, ...]:
+def _kind(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> tuple[object, ...]:
     """What decides which body is the fastest."""
     n, k = w.shape
     return (

@@ -1,5 +1,9 @@
 """Launches the Triton kernels: chooses tiles, lends the memory they need, fills arguments in."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import functools
@@ -10,13 +14,14 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.int8_gemm.reference import Epilogue
-from octavo.kernels.int8_gemm.tiles import bucket, candidates, config, pieces
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.common.triton_launch import device_facts, end_arguments, end_constants
+from octavo.kernels.dispatch.tuning import best
+from octavo.kernels.int8_gemm.configs import bucket, candidates, config, pieces
 from octavo.kernels.int8_gemm.triton_persistent import persistent_kernel
 from octavo.kernels.int8_gemm.triton_tiles import tiles_kernel
-from octavo.kernels.tuning import best
 
-__all__ = ["device_facts", "end_arguments", "end_constants", "int8_gemm", "is_heavy"]
+__all__ = ["int8_gemm", "is_heavy"]
 
 LIGHT = ("none", "relu", "relu6")
 
@@ -82,15 +87,6 @@ def _rule(
     return config(m, n, k, heavy=heavy, capability=capability, processors=processors)
 
 
-@functools.cache
-def device_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """Capability and multiprocessors; under the interpreter none, and as few as a test needs."""
-    if device.type != "cuda":
-        return None, 4
-    found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor), found.multi_processor_count
-
-
 def _has_tma(device: torch.device) -> bool:
     """Whether descriptors work there: from sm_90 on, and under the interpreter."""
     capability = device_facts(device)[0]
@@ -149,26 +145,6 @@ def _launch(
         SPLIT_K=split, SWAP=bool(tiles.get("SWAP")), EVEN_K=k % block_k == 0, FEW=m < block_m,
         **constants,
     )  # fmt: skip
-
-
-def end_arguments(e: Epilogue, absent: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
-    """What `triton_finish` takes behind out_ptr; `absent` for pointers that are never read."""
-    parts = (e.scale_x, e.scale_w, e.bias, e.residual, e.residual_scale, e.out_scale)
-    pointers = (absent if value is None else value.contiguous() for value in parts)
-    return *pointers, e.residual_zero_point, e.out_zero_point
-
-
-def end_constants(e: Epilogue) -> dict[str, bool | str]:
-    """The constants of `triton_finish` that follow from an epilogue."""
-    return {
-        "TOKEN": e.scale_x is not None and e.scale_x.ndim > 0,
-        "CHANNEL": e.scale_w is not None and e.scale_w.ndim > 0,
-        "BIAS": e.bias is not None,
-        "RESIDUAL": e.residual is not None,
-        "REQUANTIZE": e.out_scale is not None,
-        "RAW": e.out_dtype == torch.int32,
-        "ACTIVATION": e.activation,
-    }
 
 
 def _counter(count: int, device: torch.device) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """The persistent kernel: a program a processor, tiles in turn, operands through TMA (sm_90 on)."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from octavo.kernels.int8_gemm.triton_finish import add_to_sums, finish_pieces
-from octavo.kernels.int8_gemm.triton_order import tile_of
+from octavo.kernels.common.triton_epilogue import add_to_sums, finish_pieces, tile_of
 
 __all__ = ["persistent_kernel"]
 

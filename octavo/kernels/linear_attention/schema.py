@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, select, why_not_triton
+from octavo.kernels.dispatch.select import Body, is_plain_call, select, why_not_triton
 from octavo.kernels.linear_attention import reference
 from octavo.kernels.linear_attention.gradient import OPTIONS, register_gradient
 from octavo.kernels.linear_attention.reference import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from octavo.kernels.linear_attention.tiles import for_states
+from octavo.kernels.linear_attention.configs import for_states
 
 __all__ = ["least_bytes_of_step", "moved_bytes", "moved_bytes_of_step"]
 

@@ -1,5 +1,9 @@
 """Launches the Triton kernels: cuts the call into chunks and lends the memory they need."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import functools
@@ -9,14 +13,15 @@ from typing import Any
 import torch
 import triton
 
-from octavo.kernels.linear_attention.reference import EPS, Options, State
-from octavo.kernels.linear_attention.tiles import (
+from octavo.kernels.dispatch.tuning import best, size_bucket
+from octavo.kernels.linear_attention.configs import (
     candidates,
     config,
     for_states,
     of_step,
     padded,
 )
+from octavo.kernels.linear_attention.reference import EPS, Options, State
 from octavo.kernels.linear_attention.triton_chunks import (
     outputs_kernel,
     scan_kernel,
@@ -24,7 +29,6 @@ from octavo.kernels.linear_attention.triton_chunks import (
 )
 from octavo.kernels.linear_attention.triton_pairs import pairs_kernel
 from octavo.kernels.linear_attention.triton_step import normalizer_kernel, step_kernel
-from octavo.kernels.tuning import best, size_bucket
 
 __all__ = ["linear_attention", "linear_attention_step"]
 

@@ -1,5 +1,9 @@
 """Kernels over chunks of tokens: their states, the sums of states, and the results."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

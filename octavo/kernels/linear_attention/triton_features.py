@@ -5,6 +5,10 @@ TF32 for fp16, which has the bits of float16 and the range that exp(-50) needs; 
 of TF32 for fp32. Sums are float32 throughout.
 """
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import os

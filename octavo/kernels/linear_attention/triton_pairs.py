@@ -5,6 +5,10 @@ before the chunk is its state, which is read and not carried on. Queries, keys a
 slice of D at a time, so that D does not show in registers.
 """
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,10 @@ A program takes a head, or where there are too few of them to fill a GPU a block
 normaliser, which all blocks of a head read, is then updated by a kernel after them.
 """
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

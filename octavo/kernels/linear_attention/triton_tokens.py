@@ -5,6 +5,10 @@ cu_seqlens find theirs on the device, sequence n from slot cu_seqlens[n] // chun
 leaves room for every length.
 """
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from octavo.kernels.rounding import QMAX, QMIN, to_int8
+from octavo.kernels.common.codes import QMAX, QMIN, to_int8
 
 __all__ = ["static_quantize"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tracing import is_inlined
 from octavo.kernels.static_quantize import reference
-from octavo.kernels.tracing import is_inlined
 
 __all__ = ["static_quantize"]
 

@@ -1,12 +1,16 @@
 """Triton kernel: one pass, a block of values a program."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton_rounding import to_int8
+from octavo.kernels.common.triton_epilogue import to_int8
 
 __all__ = ["BLOCK", "static_quantize"]
 

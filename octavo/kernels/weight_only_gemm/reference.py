@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
+from octavo.kernels.common.epilogue import ACTIVATIONS
 from octavo.quant.packing import unpack
 from octavo.quant.qparams import QDType
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.int8_gemm.reference import ACTIVATIONS
-from octavo.kernels.int8_gemm.schema import FLOATS, MOST_ROWS
-from octavo.kernels.tuning import size_bucket
+from octavo.kernels.common.epilogue import ACTIVATIONS, FLOATS, MOST_ROWS
+from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
+from octavo.kernels.dispatch.tuning import size_bucket
 from octavo.kernels.weight_only_gemm import dequantize, reference
 
 __all__ = ["weight_only_gemm"]

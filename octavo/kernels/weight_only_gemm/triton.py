@@ -1,5 +1,9 @@
 """Launches the Triton kernels: chooses tiles, lends the memory they need, fills arguments in."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import functools
@@ -11,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.tuning import best, size_bucket
+from octavo.kernels.dispatch.tuning import best, size_bucket
+from octavo.kernels.weight_only_gemm.configs import candidates, config
 from octavo.kernels.weight_only_gemm.reference import Epilogue, Weight
-from octavo.kernels.weight_only_gemm.tiles import candidates, config
 from octavo.kernels.weight_only_gemm.triton_gemm import gather_kernel, gemm_kernel
 from octavo.kernels.weight_only_gemm.triton_gemv import gemv_kernel
 

@@ -4,6 +4,10 @@ A code becomes a float without a conversion instruction, of which a GPU starts f
 into the low bits of the mantissa of a power of two, and subtracting that power leaves the code.
 """
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import os
@@ -11,7 +15,7 @@ import os
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton_epilogue import activate
+from octavo.kernels.common.triton_epilogue import activate
 
 __all__ = ["code_of_byte", "code_of_word", "dot", "finish"]
 

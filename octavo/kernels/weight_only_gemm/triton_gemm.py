@@ -1,5 +1,9 @@
 """Several rows of activations: tensor cores, with codes turned into floats in registers."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,9 @@
 """One row of activations: float32 products on ordinary cores, limited by reading the weights."""
 
+# Triton's language only looks like Python:
+# mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,1 @@
+"""What changes a model so that it gets smaller or faster."""

@@ -1,0 +1,1 @@
+"""The demo: a pretrained network, its data, and a run from the float model to the report."""

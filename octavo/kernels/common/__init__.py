@@ -1,0 +1,1 @@
+"""What operators share: epilogue, convolution geometry, quantized values, packed weights."""

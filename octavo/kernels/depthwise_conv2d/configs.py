@@ -1,0 +1,130 @@
+"""Tile sizes of the Triton kernel: by rule, and those worth measuring; and what a plan moves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+from octavo.kernels.common.convolution import Window
+
+__all__ = ["candidates", "config", "loaded_pixels", "power_of_two", "scattered", "spread", "unit"]
+
+Tiles = dict[str, int]
+
+LINE = 64
+"""Bytes of a pixel that a program reads at once: two sectors of the cache."""
+VALUES, FEW_VALUES = 16, 4
+"""Sums that a thread keeps; fewer where each value of x takes an address of its own."""
+ENOUGH = 256
+"""Programs that keep a large card busy."""
+
+
+def config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Tiles:
+    """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
+
+    Few bytes of many pixels, in as square a tile as the image allows, so that few pixels around
+    it are read again by its neighbours; smaller tiles where there would be few programs.
+
+    Args:
+        batch: images.
+        out_h: height of the result.
+        out_w: its width.
+        channels: of an image.
+        size: bytes of a value of x.
+
+    Returns:
+        BLOCK_H, BLOCK_W, BLOCK_C, ROW (whether the taps of a row are loaded at once), num_warps,
+        num_stages.
+    """
+    values, row = (FEW_VALUES, 0) if scattered(channels, size) else (VALUES, 1)
+    for warps in (8, 4, 2):
+        block = min(power_of_two(channels), LINE // size)
+        tiles = _tiles(out_h, out_w, block, warps, row, values)
+        if batch * _programs(tiles, out_h, out_w, channels) >= ENOUGH:
+            break
+    return tiles
+
+
+def candidates(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
+    found = [config(batch, out_h, out_w, channels, size)]
+    apart = scattered(channels, size)
+    values, rows = (FEW_VALUES, (0,)) if apart else (VALUES, (1, 0))
+    for line, warps, row in itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), rows):
+        block = min(power_of_two(channels), line // size)
+        tiles = _tiles(out_h, out_w, block, warps, row, values)
+        if tiles not in found:
+            found.append(tiles)
+            yield tiles
+
+
+def spread(out_h: int, out_w: int, pixels: int) -> tuple[int, int]:
+    """Height and width of a tile of so many pixels, a power of two, over an image.
+
+    As square as it can be; longer where the image is narrower than that.
+    """
+    width = min(power_of_two(out_w), 1 << math.ceil(math.log2(pixels) / 2))
+    height = min(power_of_two(out_h), pixels // width)
+    return height, pixels // height
+
+
+def loaded_pixels(window: Window, out_h: int, out_w: int, tiles: Mapping[str, int]) -> int:
+    """Pixels of one image that all programs of a block of channels read, each program each once.
+
+    What a program reads of a pixel again comes from its multiprocessor's cache. The image itself
+    has fewer pixels, since the windows of neighbouring tiles overlap; those of the padding count
+    here too.
+    """
+    down = math.ceil(out_h / tiles["BLOCK_H"]), out_h, tiles["BLOCK_H"]
+    across = math.ceil(out_w / tiles["BLOCK_W"]), out_w, tiles["BLOCK_W"]
+    total = 1
+    for (count, size, block), stride, span in zip(
+        (down, across), window.stride, window.span, strict=True
+    ):
+        step = min(stride, span)
+        last = size - (count - 1) * block
+        total *= (count - 1) * ((block - 1) * step + span) + (last - 1) * step + span
+    return total
+
+
+def _programs(tiles: Mapping[str, int], out_h: int, out_w: int, channels: int) -> int:
+    """Programs for one image."""
+    sizes = (("BLOCK_H", out_h), ("BLOCK_W", out_w), ("BLOCK_C", channels))
+    return math.prod(math.ceil(size / tiles[name]) for name, size in sizes)
+
+
+def scattered(channels: int, size: int) -> bool:
+    """Whether fewer than 4 bytes of a pixel are loaded at once, for pixels are not aligned.
+
+    Args:
+        channels: of an image.
+        size: bytes of a value.
+    """
+    return channels > 1 and (channels & -channels) * size < 4
+
+
+def unit(size: int) -> int:
+    """The power of two that divides a size, where the compiler has to be told; else 1.
+
+    It sees whether a size is a multiple of 16, and would load every byte of others apart.
+    """
+    return 1 if size % 16 == 0 else size & -size
+
+
+def power_of_two(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _tiles(out_h: int, out_w: int, block: int, warps: int, row: int, values: int) -> Tiles:
+    pixels = max(1, 32 * warps * values // block)
+    height, width = spread(out_h, out_w, min(pixels, power_of_two(out_h) * power_of_two(out_w)))
+    return {
+        "BLOCK_H": height,
+        "BLOCK_W": width,
+        "BLOCK_C": block,
+        "ROW": row,
+        "num_warps": warps,
+        "num_stages": 1,
+    }

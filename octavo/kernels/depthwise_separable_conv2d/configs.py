@@ -1,0 +1,116 @@
+"""Tile sizes of the Triton kernel: by rule, and those worth measuring; and what a plan moves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+from octavo.kernels.common.convolution import Window
+from octavo.kernels.depthwise_conv2d.configs import (
+    LINE,
+    loaded_pixels,
+    power_of_two,
+    scattered,
+    spread,
+    unit,
+)
+
+__all__ = ["candidates", "config", "loaded_bytes", "pieces"]
+
+Tiles = dict[str, int]
+
+LEAST_PIXELS = 16
+"""Rows of the smallest product of tensor cores."""
+MOST_OUTPUTS = 256
+SHAPES = ((64, MOST_OUTPUTS), (64, 128), (128, 128), (32, 128))
+"""Pixels and output channels of tiles whose sums leave registers for the depthwise half."""
+SCATTERED = (LEAST_PIXELS, 128, LINE // 2, False)
+"""Pixels, output channels, bytes of a pixel, and no row at once, where values lie unaligned."""
+
+
+def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Tiles:
+    """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
+
+    64 pixels, which is what one instruction of sm_90 multiplies, and all output channels up to
+    256; beyond that the depthwise half is computed anew for each 256. A row of taps at once needs
+    registers, which codes do not leave.
+
+    Args:
+        out_h: height of the result.
+        out_w: its width.
+        channels: of an image.
+        outputs: channels of the result.
+        size: bytes of a value of x.
+
+    Returns:
+        BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_N, ROW, num_warps, num_stages; see `depthwise_conv2d`.
+    """
+    if scattered(channels, size):
+        return _tiles(out_h, out_w, channels, outputs, size, *SCATTERED)
+    return _tiles(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, size > 1)
+
+
+def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Tiles]:
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
+    found = []
+    if scattered(channels, size):
+        yield config(out_h, out_w, channels, outputs, size)
+        return
+    for (pixels, most), row, line in itertools.product(SHAPES, (False, True), (LINE, 2 * LINE)):
+        tiles = _tiles(out_h, out_w, channels, outputs, size, pixels, most, line, row)
+        fits = not row or (size > 1 and pixels <= 64)  # the registers
+        if fits and tiles not in found:
+            found.append(tiles)
+            yield tiles
+
+
+def pieces(tiles: Mapping[str, int]) -> int:
+    """Parts of a tile that the epilogue takes in turn, so that a thread has about 32 values."""
+    pixels = tiles["BLOCK_H"] * tiles["BLOCK_W"]
+    values = pixels * tiles["BLOCK_N"] // (32 * tiles["num_warps"])
+    return min(4, max(1, values // 32))
+
+
+def loaded_bytes(
+    window: Window,
+    batch: int,
+    out_h: int,
+    out_w: int,
+    channels: int,
+    outputs: int,
+    size: int,
+    tiles: Mapping[str, int],
+) -> int:
+    """Bytes of images and pointwise weights that all programs read, each program each once."""
+    images = loaded_pixels(window, out_h, out_w, tiles) * channels
+    count = math.ceil(out_h / tiles["BLOCK_H"]) * math.ceil(out_w / tiles["BLOCK_W"])
+    again = math.ceil(outputs / tiles["BLOCK_N"])
+    return batch * size * (images * again + count * outputs * channels)
+
+
+def _tiles(
+    out_h: int,
+    out_w: int,
+    channels: int,
+    outputs: int,
+    size: int,
+    pixels: int,
+    most: int,
+    line: int,
+    row: bool,
+) -> Tiles:
+    least = 32 // min(size, 2)  # what a step of a product takes: 32 codes, or 16 others
+    block_n = max(16, min(power_of_two(outputs), most))
+    unaligned = scattered(channels, size) or unit(channels) > 1  # whose addresses take registers
+    area = power_of_two(out_h) * power_of_two(out_w)
+    height, width = spread(out_h, out_w, max(LEAST_PIXELS, min(pixels, area)))
+    return {
+        "BLOCK_H": height,
+        "BLOCK_W": width,
+        "BLOCK_C": max(least, min(power_of_two(channels), line // size)),
+        "BLOCK_N": block_n,
+        "ROW": int(row),
+        "num_warps": 8 if height * width * block_n >= 64 * 128 or unaligned else 4,
+        "num_stages": 1,
+    }

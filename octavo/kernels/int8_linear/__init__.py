@@ -1,0 +1,1 @@
+"""INT8 Linear from float rows to float rows."""

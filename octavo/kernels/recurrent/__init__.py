@@ -1,0 +1,1 @@
+"""Time steps of INT8 LSTM and GRU layers."""

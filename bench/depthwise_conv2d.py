@@ -16,24 +16,24 @@ BYTES = {"fp16": 2, "fp32": 4, "i8": 1}
 
 def static_variants() -> Iterator[Variant]:
     """The rule's tiles for each dtype and kernel size, and some candidates."""
-    from octavo.kernels.depthwise_conv2d.configs import candidates, config
+    from octavo.kernels.depthwise_conv2d.configs import candidates, default_config
 
     for kernel in (3, 5, 7):
-        yield _variant("56x56x128", kernel, config(32, 56, 56, 128, 2))
-        yield _variant("56x56x128", kernel, config(32, 56, 56, 128, 1), x="i8", out="i8")
-    yield _variant("7x7x1024", 3, config(32, 7, 7, 1024, 2), stride=2)
-    yield _variant("14x14x512", 3, config(32, 14, 14, 512, 1), stride=2, x="i8", out="i8")
-    yield _variant("56x56x128", 3, config(32, 56, 56, 128, 4), x="fp32", out="fp32")
+        yield _variant("56x56x128", kernel, default_config(32, 56, 56, 128, 2))
+        yield _variant("56x56x128", kernel, default_config(32, 56, 56, 128, 1), x="i8", out="i8")
+    yield _variant("7x7x1024", 3, default_config(32, 7, 7, 1024, 2), stride=2)
+    yield _variant("14x14x512", 3, default_config(32, 14, 14, 512, 1), stride=2, x="i8", out="i8")
+    yield _variant("56x56x128", 3, default_config(32, 56, 56, 128, 4), x="fp32", out="fp32")
     for x in ("fp16", "i8"):  # of MobileNetV3, of another multiple than 16; and of none
         for channels in (120, 33):
-            uneven = config(32, 28, 28, channels, BYTES[x])
+            uneven = default_config(32, 28, 28, channels, BYTES[x])
             shape = f"28x28x{channels}"
             yield _variant(shape, 5, uneven, x=x, out=x, channels=channels, architectures=UNLIKE)
-    yield _variant("1x1x1", 1, config(1, 1, 1, 1, 2), least=True, architectures=UNLIKE)
+    yield _variant("1x1x1", 1, default_config(1, 1, 1, 1, 2), least=True, architectures=UNLIKE)
     for x in ("fp16", "i8"):
         offered = list(candidates(32, 56, 56, 128, BYTES[x]))
-        for tiles in offered[:: max(1, len(offered) // 4)]:
-            yield _variant("candidate", 7, tiles, x=x, out=x, architectures=UNLIKE)
+        for config in offered[:: max(1, len(offered) // 4)]:
+            yield _variant("candidate", 7, config, x=x, out=x, architectures=UNLIKE)
 
 
 def window_numbers(stride: int, least: bool) -> tuple[dict[str, str], dict[str, int]]:
@@ -48,18 +48,18 @@ def window_numbers(stride: int, least: bool) -> tuple[dict[str, str], dict[str, 
 
 
 def title_words(
-    kernel: int, x: str, shape: str, tiles: Mapping[str, int], stride: int
+    kernel: int, x: str, shape: str, config: Mapping[str, int], stride: int
 ) -> list[str]:
     """What tells a variant of a depthwise kernel from others."""
-    blocks = "x".join(str(size) for name, size in tiles.items() if name.startswith("BLOCK"))
-    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{tiles['num_warps']} warps"]
-    return words + ["a row of taps at once"] * tiles["ROW"] + ["stride 2"] * (stride == 2)
+    blocks = "x".join(str(size) for name, size in config.items() if name.startswith("BLOCK"))
+    words = [f"{kernel}x{kernel}", x, f"{shape} by {blocks}", f"{config['num_warps']} warps"]
+    return words + ["a row of taps at once"] * config["ROW"] + ["stride 2"] * (stride == 2)
 
 
 def _variant(
     shape: str,
     kernel: int,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     stride: int = 1,
     least: bool = False,
@@ -87,7 +87,7 @@ def _variant(
         "UNIT": unit(channels),
     }
     numbers |= dict.fromkeys(("M", *FREE), "i32")
-    words = title_words(kernel, x, shape, tiles, stride)
+    words = title_words(kernel, x, shape, config, stride)
     options: dict[str, Any] = {"architectures": architectures} if architectures else {}
     return Variant(
         f"depthwise_conv2d: {', '.join(words)}",
@@ -96,6 +96,6 @@ def _variant(
         {**pointers, **numbers},
         constants,
         (*pointers, *(["C"] * (channels % 16 == 0 and not least))),
-        dict(tiles),
+        dict(config),
         **options,
     )

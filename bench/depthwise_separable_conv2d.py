@@ -15,30 +15,37 @@ ZERO_POINTS = ("zero_point", "mid_zero_point", "residual_zero_point", "out_zero_
 
 def static_variants() -> Iterator[Variant]:
     """The rule's tiles for each dtype and kernel size, and other candidates where they differ."""
-    from octavo.kernels.depthwise_separable_conv2d.configs import candidates, config
+    from octavo.kernels.depthwise_separable_conv2d.configs import candidates, default_config
 
     for kernel in (3, 5, 7):
         for x in ("fp16", "i8"):
-            yield _variant("56x56x128 to 128", kernel, config(56, 56, 128, 128, BYTES[x]), x)
+            yield _variant(
+                "56x56x128 to 128", kernel, default_config(56, 56, 128, 128, BYTES[x]), x
+            )
     for x in ("fp16", "i8"):
-        wide = config(14, 14, 512, 512, BYTES[x])
+        wide = default_config(14, 14, 512, 512, BYTES[x])
         yield _variant("14x14x512 to 512", 3, wide, x, residual=True)
-        yield _variant("7x7x960 to 160", 3, config(7, 7, 960, 160, BYTES[x]), x, stride=2)
+        yield _variant("7x7x960 to 160", 3, default_config(7, 7, 960, 160, BYTES[x]), x, stride=2)
     for x in ("fp16", "i8"):  # of MobileNetV3, of another multiple than 16; and of none
         for sizes in ((120, 40), (33, 33)):
-            uneven, shape = config(28, 28, *sizes, BYTES[x]), f"28x28x{sizes[0]} to {sizes[1]}"
+            uneven, shape = (
+                default_config(28, 28, *sizes, BYTES[x]),
+                f"28x28x{sizes[0]} to {sizes[1]}",
+            )
             yield _variant(shape, 5, uneven, x, sizes=sizes, architectures=UNLIKE)
-    yield _variant("1x1x1 to 1", 1, config(1, 1, 1, 1, 1), "i8", least=True, architectures=UNLIKE)
+    yield _variant(
+        "1x1x1 to 1", 1, default_config(1, 1, 1, 1, 1), "i8", least=True, architectures=UNLIKE
+    )
     for x in ("fp16", "i8"):
         offered = list(candidates(56, 56, 128, 256, BYTES[x]))
-        for tiles in offered[:: max(1, len(offered) // 4)]:
-            yield _variant("candidate", 3, tiles, x, architectures=UNLIKE)
+        for config in offered[:: max(1, len(offered) // 4)]:
+            yield _variant("candidate", 3, config, x, architectures=UNLIKE)
 
 
 def _variant(
     shape: str,
     kernel: int,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
     x: str,
     *,
     stride: int = 1,
@@ -69,7 +76,7 @@ def _variant(
         "REQUANTIZE": x == "i8",
         "RAW": False,
         "ACTIVATION": "hardswish",
-        "PIECES": pieces(tiles),
+        "PIECES": pieces(config),
         "UNIT": unit(sizes[0]),
         "UNIT_N": unit(sizes[1]),
     }
@@ -78,7 +85,7 @@ def _variant(
         constants["N"] = 1
     else:
         numbers["N"] = "i32"
-    words = title_words(kernel, x, shape, tiles, stride) + ["residual"] * residual
+    words = title_words(kernel, x, shape, config, stride) + ["residual"] * residual
     options: dict[str, Any] = {"architectures": architectures} if architectures else {}
     return Variant(
         f"depthwise_separable_conv2d: {', '.join(words)}",
@@ -87,6 +94,6 @@ def _variant(
         {**pointers, **numbers},
         constants,
         (*pointers, *aligned),
-        dict(tiles),
+        dict(config),
         **options,
     )

@@ -18,7 +18,6 @@ with a few tiny cases, to check them without a GPU.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -32,10 +31,9 @@ from typing import Any
 import torch
 
 from bench import device_report
+from bench.device_report import Run
 from bench.device_tests import run_tests, wait
 from bench.device_worker import plan
-from bench.kernels import device_name
-from octavo.kernels.dispatch.store import gpu_slug
 
 ROOT = Path(__file__).parents[1]
 BATCH = 6
@@ -47,40 +45,6 @@ GRACE_SECONDS = 20
 """A case that has begun may end after the time."""
 INDUCTOR_CASES = 1
 """So many cases are also measured against Inductor, which takes long to compile."""
-
-
-@dataclasses.dataclass
-class Run:
-    """One run: where it writes, and what it found so far."""
-
-    out: Path
-    device: torch.device
-    deadline: float
-    small: bool
-    tests: dict[str, Any] = dataclasses.field(default_factory=dict)
-    limits: dict[str, Any] = dataclasses.field(default_factory=dict)
-    cases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    failures: list[str] = dataclasses.field(default_factory=list)
-    left_out: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def slug(self) -> str:
-        """The device's name in file names."""
-        return gpu_slug(device_name(self.device))
-
-    @property
-    def log(self) -> Path:
-        """What the workers append to."""
-        return self.out / "log.jsonl"
-
-    def left(self) -> float:
-        """Seconds until the time is up."""
-        return self.deadline - time.time()
-
-    def fail(self, text: str) -> None:
-        """Prints a failure and keeps it."""
-        print(f"FAILED: {text}", flush=True)
-        self.failures.append(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from bench.kernels import print_rows
+import torch
+
+from bench.kernels import device_name, print_rows
 from bench.peers import absent
 from bench.results_file import write_csv, write_results
 from octavo.core.files import atomic_write
 from octavo.kernels.benchmark import Row, best_ratio
 from octavo.kernels.cases import OPERATORS
-from octavo.kernels.dispatch.store import device_facts
+from octavo.kernels.dispatch.store import device_facts, gpu_slug
 
-if TYPE_CHECKING:
-    from bench.device import Run
+
+@dataclasses.dataclass
+class Run:
+    """One run: where it writes, and what it found so far."""
+
+    out: Path
+    device: torch.device
+    deadline: float
+    small: bool
+    tests: dict[str, Any] = dataclasses.field(default_factory=dict)
+    limits: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failures: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def slug(self) -> str:
+        """The device's name in file names."""
+        return gpu_slug(device_name(self.device))
+
+    @property
+    def log(self) -> Path:
+        """What the workers append to."""
+        return self.out / "log.jsonl"
+
+    def left(self) -> float:
+        """Seconds until the time is up."""
+        return self.deadline - time.time()
+
+    def fail(self, text: str) -> None:
+        """Prints a failure and keeps it."""
+        print(f"FAILED: {text}", flush=True)
+        self.failures.append(text)
 
 
 def save(run: Run) -> None:

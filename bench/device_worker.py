@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from octavo.kernels.cases import OPERATORS, Case, cases_of
+from octavo.kernels.dispatch.autotune import Config, instead_of_measuring, label
 from octavo.kernels.dispatch.select import explain
-from octavo.kernels.dispatch.tuning import Tiles, instead_of_measuring, label
 from octavo.measure.limits import Limits, measure_limits
 
 TASKS = ("limits", "compile", "measure")
@@ -79,19 +79,19 @@ def compile_share(case: Case, device: torch.device, share: str, log: Path) -> No
     """Compiles this process's share of the candidates into Triton's cache; times nothing."""
     number, count = map(int, share.split("/"))
 
-    def only_compile(candidates: list[Tiles], run: Callable[[Tiles], object]) -> None:
-        for tiles in candidates[number::count]:
-            _compile_one(run, tiles, log)
+    def only_compile(candidates: list[Config], run: Callable[[Config], object]) -> None:
+        for config in candidates[number::count]:
+            _compile_one(run, config, log)
 
     with instead_of_measuring(only_compile):
         case.run(**case.make(device), backend="triton")
 
 
-def _compile_one(run: Callable[[Tiles], object], tiles: Tiles, log: Path) -> None:
+def _compile_one(run: Callable[[Config], object], config: Config, log: Path) -> None:
     try:
-        run(tiles)
+        run(config)
     except Exception as error:  # tuning meets it again, and keeps it
-        write(log, candidate=label(tiles), error=f"{type(error).__name__}: {error}"[:300])
+        write(log, candidate=label(config), error=f"{type(error).__name__}: {error}"[:300])
 
 
 def measure(

@@ -47,11 +47,11 @@ FORMS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (
 
 def static_variants() -> Iterator[Variant]:
     """The forms that the launcher uses."""
-    from octavo.kernels.dynamic_quantize.configs import config
+    from octavo.kernels.dynamic_quantize.configs import default_config
     from octavo.kernels.dynamic_quantize.triton import PARTS
 
     for title, m, k, dtype, fused in FORMS:
-        chosen = dict(config(m, k))
+        chosen = dict(default_config(m, k))
         types = {"x_ptr": f"*{dtype}", **POINTERS, **SIZES}
         if m == 1:
             del types["M"]

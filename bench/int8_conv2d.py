@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.aot import ARCHITECTURES, UNLIKE, Variant, epilogue_types
-from octavo.kernels.int8_conv2d.configs import Facts, candidates, config, folds
+from octavo.kernels.int8_conv2d.configs import Facts, candidates, default_config, folds
 from octavo.kernels.int8_gemm.configs import pieces
 
 SIZES = ("H", "W", "OUT_H", "OUT_W", "M", "residual_zero_point", "out_zero_point", "zero_point")
@@ -24,37 +24,39 @@ def static_variants() -> Iterator[Variant]:
         (middle, LARGE_MEMORY),
         (replace(middle, capability=SMALL), (86, 89, 120)),
     ):
-        yield _variant("128@28", facts, config(facts), architectures=chosen)
+        yield _variant("128@28", facts, default_config(facts), architectures=chosen)
         long = replace(facts, heavy=True)
-        yield _variant("128@28", long, config(long), border="zeros", architectures=chosen)
+        yield _variant("128@28", long, default_config(long), border="zeros", architectures=chosen)
         pointwise = replace(facts, n=512, channels=256, taps=1)
-        yield _variant("256@56", pointwise, config(pointwise), border="none", architectures=chosen)
-    yield _variant("512@7", few, config(few))
+        yield _variant(
+            "256@56", pointwise, default_config(pointwise), border="none", architectures=chosen
+        )
+    yield _variant("512@7", few, default_config(few))
     stem = Facts(m=32 * 112 * 112, n=32, channels=3, taps=9)
-    yield _variant("3@224", stem, config(stem))
+    yield _variant("3@224", stem, default_config(stem))
     wide = replace(stem, n=64, taps=49, heavy=True)
-    yield _variant("3@224", wide, config(wide), border="zeros", out="fp16")
+    yield _variant("3@224", wide, default_config(wide), border="zeros", out="fp16")
     grouped = Facts(m=32 * 56 * 56, n=4, channels=4, taps=9, groups=32)
-    yield _variant("4 x 32@56", grouped, config(grouped))
+    yield _variant("4 x 32@56", grouped, default_config(grouped))
     grey = Facts(m=32 * 28 * 28, n=6, channels=1, taps=25)
-    yield _variant("1@28", grey, config(grey))
+    yield _variant("1@28", grey, default_config(grey))
     uneven = Facts(m=32 * 28 * 28, n=40, channels=144, taps=9)
-    yield _variant("144@28", uneven, config(uneven))
+    yield _variant("144@28", uneven, default_config(uneven))
     deepest: dict[tuple[int, ...], Mapping[str, int]] = {}
-    for tiles in candidates(middle):
-        shape = (tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"])
-        if tiles["num_stages"] <= 3 and shape not in deepest:
-            deepest[shape] = tiles
-    for tiles in deepest.values():
-        yield _variant("candidate", middle, tiles, architectures=LARGE_MEMORY)
-    for tiles in candidates(stem):
-        yield _variant("candidate of a stem", stem, tiles, architectures=UNLIKE)
+    for config in candidates(middle):
+        shape = (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
+        if config["num_stages"] <= 3 and shape not in deepest:
+            deepest[shape] = config
+    for config in deepest.values():
+        yield _variant("candidate", middle, config, architectures=LARGE_MEMORY)
+    for config in candidates(stem):
+        yield _variant("candidate of a stem", stem, config, architectures=UNLIKE)
 
 
 def _variant(
     shape: str,
     facts: Facts,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     border: str = "codes",
     out: str = "i8",
@@ -81,8 +83,8 @@ def _variant(
         "RAW": False,
         "ACTIVATION": "hardswish" if facts.heavy else "relu6",
         "FOLD": folds(facts.channels),
-        "EVEN_C": facts.channels % tiles["BLOCK_K"] == 0,
-        "PIECES": pieces(tiles),
+        "EVEN_C": facts.channels % config["BLOCK_K"] == 0,
+        "PIECES": pieces(config),
     }
     numbers = dict.fromkeys(("N", "C", "GROUPS", *SIZES), "i32")
     aligned = [name for name, value in (("N", facts.n), ("C", facts.channels)) if value % 16 == 0]
@@ -90,11 +92,11 @@ def _variant(
         if value == 1:  # which the compiler makes a constant
             del numbers[name]
             constants[name] = 1
-    block = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MNK")
+    block = "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MNK")
     words = [
         f"{side}x{side}",
         f"{shape} to {facts.n * facts.groups} by {block}",
-        f"{tiles['num_stages']} stages",
+        f"{config['num_stages']} stages",
         {"codes": "padded with codes", "zeros": "padded with zeros", "none": ""}[border],
         "residual, hardswish" if facts.heavy else "",
         "" if out == "i8" else out,
@@ -106,6 +108,6 @@ def _variant(
         {**pointers, **numbers},
         constants,
         (*pointers, *aligned),
-        dict(tiles),
+        dict(config),
         architectures=architectures,
     )

@@ -19,24 +19,26 @@ def static_variants() -> Iterator[Variant]:
 
     Where the rule asks for the architecture, each form is compiled for those that get it.
     """
-    from octavo.kernels.int8_gemm.configs import config
+    from octavo.kernels.int8_gemm.configs import default_config
 
-    swapped = config(1, 4096, 4096, capability=HOPPER)
-    yield _tiles("1x4096x4096", swapped, few=True, architectures=(90,))
+    swapped = default_config(1, 4096, 4096, capability=HOPPER)
+    yield _config("1x4096x4096", swapped, few=True, architectures=(90,))
     others = tuple(one for one in ARCHITECTURES if one != 90)
-    yield _tiles("1x4096x4096", config(1, 4096, 4096), few=True, architectures=others)
-    deep = config(64, 4096, 4096, capability=HOPPER)
-    yield _tiles("64x4096x4096", deep, architectures=(90, 100))
-    yield _tiles("4096x4096x4096", config(4096, 4096, 4096, heavy=True))
-    yield _tiles("64x4096x4000", config(64, 4096, 4000), even=False)
-    yield _tiles("4096x4096x4096", config(4096, 4096, 4096), out="fp32", fused=False)
-    yield _tiles("4096x4096x4096", config(4096, 4096, 4096, heavy=True), out="i8")
-    for tiles in _shapes(persistent=0):
-        one = {**tiles, "SPLIT_K": 1}
-        yield _tiles("M >= 64", one, fused=False, architectures=(80, 90, 100))
-    for tiles in _shapes(persistent=1):
-        yield _persistent("M >= 64", tiles, fused=False)
-    yield _persistent("4096x4096x4096", config(4096, 4096, 4096, heavy=True, capability=HOPPER))
+    yield _config("1x4096x4096", default_config(1, 4096, 4096), few=True, architectures=others)
+    deep = default_config(64, 4096, 4096, capability=HOPPER)
+    yield _config("64x4096x4096", deep, architectures=(90, 100))
+    yield _config("4096x4096x4096", default_config(4096, 4096, 4096, heavy=True))
+    yield _config("64x4096x4000", default_config(64, 4096, 4000), even=False)
+    yield _config("4096x4096x4096", default_config(4096, 4096, 4096), out="fp32", fused=False)
+    yield _config("4096x4096x4096", default_config(4096, 4096, 4096, heavy=True), out="i8")
+    for config in _shapes(persistent=0):
+        one = {**config, "SPLIT_K": 1}
+        yield _config("M >= 64", one, fused=False, architectures=(80, 90, 100))
+    for config in _shapes(persistent=1):
+        yield _persistent("M >= 64", config, fused=False)
+    yield _persistent(
+        "4096x4096x4096", default_config(4096, 4096, 4096, heavy=True, capability=HOPPER)
+    )
 
 
 def _shapes(persistent: int) -> list[Mapping[str, int]]:
@@ -45,16 +47,16 @@ def _shapes(persistent: int) -> list[Mapping[str, int]]:
 
     found: dict[tuple[int, int], Mapping[str, int]] = {}
     for m in (64, 128, 4096):
-        for tiles in candidates(m, 4096, 4096, capability=HOPPER):
-            shape = (tiles["BLOCK_M"], tiles["BLOCK_N"])
-            deeper = shape not in found or tiles["num_stages"] > found[shape]["num_stages"]
-            fits = persistent or tiles["num_stages"] * sum(shape) * tiles["BLOCK_K"] <= 3 << 15
-            if tiles["PERSISTENT"] == persistent and fits and deeper:
-                found[shape] = tiles
+        for config in candidates(m, 4096, 4096, capability=HOPPER):
+            shape = (config["BLOCK_M"], config["BLOCK_N"])
+            deeper = shape not in found or config["num_stages"] > found[shape]["num_stages"]
+            fits = persistent or config["num_stages"] * sum(shape) * config["BLOCK_K"] <= 3 << 15
+            if config["PERSISTENT"] == persistent and fits and deeper:
+                found[shape] = config
     return list(found.values())
 
 
-def _end(tiles: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[str, int]]:
+def _end(config: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of the epilogue, and the fields of the tiles that kernels take."""
     from octavo.kernels.int8_gemm.configs import pieces
 
@@ -63,9 +65,11 @@ def _end(tiles: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[st
         "BIAS": fused,
         "RESIDUAL": fused,
         "ACTIVATION": "gelu" if fused else "none",
-        "PIECES": pieces(tiles),
+        "PIECES": pieces(config),
     }
-    return constants, {name: tiles[name] for name in tiles if name not in ("PERSISTENT", "FLATTEN")}
+    return constants, {
+        name: config[name] for name in config if name not in ("PERSISTENT", "FLATTEN")
+    }
 
 
 def _ends(out: str) -> dict[str, str]:
@@ -74,14 +78,14 @@ def _ends(out: str) -> dict[str, str]:
     return {**epilogue_types(out, floats="bf16"), "residual_ptr": residual}
 
 
-def _title(shape: str, tiles: Mapping[str, int], *words: str) -> str:
-    block = "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MNK")
+def _title(shape: str, config: Mapping[str, int], *words: str) -> str:
+    block = "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MNK")
     return ", ".join([f"int8_gemm: {shape} by {block}", *filter(None, words)])
 
 
-def _tiles(
+def _config(
     shape: str,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     few: bool = False,
     even: bool = True,
@@ -89,21 +93,21 @@ def _tiles(
     fused: bool = True,
     architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> Variant:
-    constants, chosen = _end(tiles, fused)
+    constants, chosen = _end(config, fused)
     types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": f"*{out}", **_ends(out), **SIZES}
     types |= {"partial_ptr": "*i32", "arrived_ptr": "*i32"}
     types |= {"stride_xm": "i64", "stride_wn": "i64"}
     if out == "i8":
         constants["REQUANTIZE"] = True
     words = (
-        "swapped" if tiles["SWAP"] else "",
-        "split K" if tiles["SPLIT_K"] > 1 else "",
+        "swapped" if config["SWAP"] else "",
+        "split K" if config["SPLIT_K"] > 1 else "",
         "bias, gelu, residual" if fused else "",
         "" if even else "K with a remainder",
         "" if out == "bf16" else out,
     )
     return Variant(
-        _title(shape, tiles, *words),
+        _title(shape, config, *words),
         f"{FOLDER}.triton_tiles",
         "tiles_kernel",
         {**types, **UNSPECIALIZED},
@@ -114,25 +118,25 @@ def _tiles(
     )
 
 
-def _persistent(shape: str, tiles: Mapping[str, int], *, fused: bool = True) -> Variant:
-    constants, chosen = _end(tiles, fused)
+def _persistent(shape: str, config: Mapping[str, int], *, fused: bool = True) -> Variant:
+    constants, chosen = _end(config, fused)
     chosen = {name: value for name, value in chosen.items() if name not in ("SPLIT_K", "SWAP")}
     types = {"out_ptr": "*bf16", **_ends("bf16"), **SIZES}
     boxes = {
-        f"{name}_desc": f"tensordesc<i8[{tiles[block]}, {tiles['BLOCK_K']}]>"
+        f"{name}_desc": f"tensordesc<i8[{config[block]}, {config['BLOCK_K']}]>"
         for name, block in (("x", "BLOCK_M"), ("w", "BLOCK_N"))
     }
     words = (
         "persistent",
-        "flat" if tiles["FLATTEN"] else "",
+        "flat" if config["FLATTEN"] else "",
         "bias, gelu, residual" if fused else "",
     )
     return Variant(
-        _title(shape, tiles, *words),
+        _title(shape, config, *words),
         f"{FOLDER}.triton_persistent",
         "persistent_kernel",
         {**boxes, **types, **UNSPECIALIZED},
-        {**constants, "FLATTEN": bool(tiles["FLATTEN"])},
+        {**constants, "FLATTEN": bool(config["FLATTEN"])},
         tuple(types),
         chosen,
         architectures=(90, 100),  # TMA; on consumer cards of sm_120 the rule takes the other kernel

@@ -38,7 +38,7 @@ def _chunks(
     name: str, d: int, e: int, kind: str, *, masked: bool = False, packed: bool = False
 ) -> Variant:
     """The kernel of states, or one of results; which of these it is the rule decides."""
-    from octavo.kernels.linear_attention.configs import config, for_states, padded
+    from octavo.kernels.linear_attention.configs import default_config, for_states, padded
 
     causal = name == "causal"
     types: dict[str, str] = {"mask_ptr": "*u8", "cu_ptr": "*i32"}
@@ -57,7 +57,7 @@ def _chunks(
         kernel, module = "states_kernel", "triton_chunks"
         constants |= {"FINAL": True, "BLOCK_D": padded(d)}
     else:
-        tokens, chosen = "qkv", config(1 << 16, 16, d, e, kind=kind, causal=causal)
+        tokens, chosen = "qkv", default_config(1 << 16, 16, d, e, kind=kind, causal=causal)
         del chosen["CHUNK"]
         types |= {"out_ptr": f"*{kind}", "eps": "fp32"}
         constants["INITIAL"] = True

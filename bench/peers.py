@@ -14,7 +14,7 @@ import torch
 
 from octavo.kernels import dynamic_quantize, int8_gemm
 from octavo.kernels.cases import Call, Case
-from octavo.kernels.weight_only_gemm.reference import Weight
+from octavo.kernels.weight_only_gemm.cases import weight_of
 
 REQUANTIZED = 0.03
 """Error of a peer that quantizes the float values once more, with scales of its own."""
@@ -115,14 +115,7 @@ def _gemlite_int8(case: Case, arguments: Arguments) -> Callable[[], Any]:
 
 
 def _dequantized(case: Case, arguments: Arguments) -> torch.Tensor:
-    weight = Weight(
-        arguments["w_packed"],
-        arguments["scale"],
-        arguments.get("zero_point"),
-        arguments["bits"],
-        arguments["group_size"],
-    )
-    return weight.dequantize(case.shape[2]).to(case.dtype)
+    return weight_of(arguments, case.shape[2]).dequantize().to(case.dtype)
 
 
 def _torchao_weight_only(case: Case, arguments: Arguments) -> Callable[[], Any]:
@@ -156,14 +149,11 @@ def _gemlite_weight_only(case: Case, arguments: Arguments) -> Callable[[], Any]:
     if bits == 8:
         layer = A16W8(device=x.device).from_weights(_dequantized(case, arguments))
     else:
-        weight = Weight(
-            arguments["w_packed"], arguments["scale"], arguments.get("zero_point"), bits, group
-        )
-        codes = weight.codes(case.shape[2])
+        weight = weight_of(arguments, case.shape[2])
         half = 0 if weight.zero_point is not None else 1 << (bits - 1)
         zeros = torch.full_like(weight.scale, half) if half else weight.zero_point
         layer = A16Wn(device=x.device).from_weights(
-            (codes.int() + half).to(torch.uint8),
+            (weight.values.int() + half).to(torch.uint8),
             weight.scale.reshape(-1, 1),
             zeros.to(weight.scale.dtype).reshape(-1, 1),
             bits,

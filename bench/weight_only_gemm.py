@@ -30,8 +30,8 @@ def static_variants() -> Iterator[Variant]:
     yield _gemm((64, 28672, 4096), 4, 128, "fp32")
     yield _gemm((16, 28672, 4096), 3, 128, "bf16", fast=False)
     yield _gather()
-    for tiles in _shapes():
-        yield _gemm((tiles["BLOCK_M"], 28672, 4096), 4, 128, "bf16", tiles=tiles)
+    for config in _shapes():
+        yield _gemm((config["BLOCK_M"], 28672, 4096), 4, 128, "bf16", config=config)
 
 
 def _shapes() -> list[dict[str, int]]:
@@ -40,10 +40,10 @@ def _shapes() -> list[dict[str, int]]:
 
     found: dict[tuple[int, ...], dict[str, int]] = {}
     for m in (64, 4096):
-        for tiles in candidates(m, 28672, 4096, bits=4, group_size=128):
-            shape = tuple(tiles[f"BLOCK_{axis}"] for axis in "MNK")
-            if tiles["SPLIT_K"] == 1 and shape[0] >= 64:
-                found.setdefault(shape, tiles)
+        for config in candidates(m, 28672, 4096, bits=4, group_size=128):
+            shape = tuple(config[f"BLOCK_{axis}"] for axis in "MNK")
+            if config["SPLIT_K"] == 1 and shape[0] >= 64:
+                found.setdefault(shape, config)
     return list(found.values())
 
 
@@ -73,9 +73,9 @@ def _gemv(
     asymmetric: bool = False,
     fused: bool = False,
 ) -> Variant:
-    from octavo.kernels.weight_only_gemm.configs import config
+    from octavo.kernels.weight_only_gemm.configs import default_config
 
-    chosen = dict(config(*shape, bits=bits, group_size=group or None))
+    chosen = dict(default_config(*shape, bits=bits, group_size=group or None))
     split = chosen.pop("SPLIT_K")
     del chosen["BLOCK_M"], chosen["GROUP_M"]
     chosen["BLOCK_C"] = chosen.pop("BLOCK_K") * bits // 128
@@ -115,14 +115,16 @@ def _gemm(
     asymmetric: bool = False,
     fused: bool = False,
     fast: bool = True,
-    tiles: dict[str, int] | None = None,
+    config: dict[str, int] | None = None,
 ) -> Variant:
     """The rule's form of a shape; with tiles that one, on the architecture that has wgmma."""
-    from octavo.kernels.weight_only_gemm.configs import config
+    from octavo.kernels.weight_only_gemm.configs import default_config
     from octavo.kernels.weight_only_gemm.triton import KINDS
 
     size = 4 if kind == "fp32" else 2
-    chosen = tiles or config(*shape, bits=bits, group_size=group or None, itemsize=size, fast=fast)
+    chosen = config or default_config(
+        *shape, bits=bits, group_size=group or None, itemsize=size, fast=fast
+    )
     split = chosen["SPLIT_K"] > 1
     types = {
         "x_ptr": WIDE[kind] if fast and bits == 4 else f"*{kind}",
@@ -139,8 +141,8 @@ def _gemm(
         "code by code": not fast,
         "split K": split,
     }
-    if tiles:
-        options["by " + "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MNK")] = True
+    if config:
+        options["by " + "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MNK")] = True
     return Variant(
         _title(shape, bits, group, kind, options),
         f"{FOLDER}.triton_gemm",
@@ -157,7 +159,7 @@ def _gemm(
         },
         tuple(name for name in types if name != "M"),
         chosen,
-        architectures=(90,) if tiles else ARCHITECTURES if shape[0] >= 64 else UNLIKE,
+        architectures=(90,) if config else ARCHITECTURES if shape[0] >= 64 else UNLIKE,
     )
 
 

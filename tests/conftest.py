@@ -22,15 +22,23 @@ from octavo.calibration import CalibrationTable
 from octavo.demo import images
 from octavo.demo.run import run_demo
 from octavo.export import TorchExport, export_torch, load_onnx, save_onnx
+from octavo.kernels.dispatch.operator import forget_plans
 from octavo.kernels.native import library as native
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    """What an operator has chosen in one test is not known in the next."""
+    forget_plans()
+
+
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that the C of our operators does not know."""
-    monkeypatch.setattr(native.Library, "why_not", lambda _: "a test")
+    monkeypatch.setattr(native.Library, "reason", lambda _: "a test")
+    forget_plans()
 
 
 @pytest.fixture

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from octavo.kernels.dispatch.operator import forget_plans
+from octavo.kernels.recurrent import cells
 from octavo.kernels.recurrent import native as recurrent_native
-from octavo.kernels.recurrent import reference as recurrent_cells
+from octavo.kernels.recurrent.weights import packing_is_exact
 from octavo.layers import Int8GRU, Int8LSTM
 
 PAIRS = {"LSTM": (nn.LSTM, Int8LSTM), "GRU": (nn.GRU, Int8GRU)}
-TORCH_WAYS = ("plain", "packed", "operator")
-WAYS = ("native", *TORCH_WAYS)
+ALGORITHMS = ("plain", "packed", "operator")
+WAYS = ("native", *ALGORITHMS)
 every_kind = pytest.mark.parametrize("kind", PAIRS)
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -26,16 +28,22 @@ def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.RNNBase, Int8LSTM |
     return layer, PAIRS[kind][1].from_float(layer)
 
 
+def without_steps_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time steps run in torch; products and quantization may still be those in C."""
+    monkeypatch.setattr(recurrent_native.LIBRARY, "reason", lambda: "another way was asked for")
+    forget_plans()
+
+
 def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every recurrent product in this way: in C, or in one of torch's."""
+    """Makes every recurrent product in this way: in C, or by one of torch's algorithms."""
     if way == "native":
-        if reason := recurrent_native.LIBRARY.why_not():
+        if reason := recurrent_native.LIBRARY.reason():
             pytest.skip(reason)
         return
-    monkeypatch.setattr(recurrent_native, "why_not", lambda _: "another way was asked for")
-    if way == "packed" and not recurrent_cells.packing_is_exact():
+    if way == "packed" and not packing_is_exact():
         pytest.skip("FBGEMM is missing, or not exact on this processor")
-    monkeypatch.setattr(recurrent_cells, "choose_way", lambda *_: way)
+    without_steps_in_c(monkeypatch)
+    monkeypatch.setattr(cells, "choose_algorithm", lambda *_: way)
 
 
 def flat(result: Any) -> list[torch.Tensor]:

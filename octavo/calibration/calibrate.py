@@ -12,7 +12,7 @@ import onnx_ir as ir
 from octavo.calibration.collect import OnnxCollector, check_finite
 from octavo.calibration.distributed import broadcast_from_first, gather_statistics, process_group
 from octavo.calibration.observers import OBSERVERS, observed_ranges
-from octavo.calibration.samples import Divider
+from octavo.calibration.samples import HoldOutSplit
 from octavo.calibration.search import Candidate, Search
 from octavo.calibration.statistics import TensorStatistics
 from octavo.calibration.table import CalibrationTable, TensorEntry, WeightEntry, short_float
@@ -80,6 +80,7 @@ def calibrate_graph(
     batches: Iterable[Any],
     options: CalibrationOptions | None = None,
     *,
+    placement: Placement | None = None,
     progress: Progress | None = None,
 ) -> CalibrationTable:
     """Calibrates a float graph.
@@ -92,6 +93,7 @@ def calibrate_graph(
         batches: real data; each a tensor, tuple or dict that fits the model's inputs. It is read
             once and need not fit in memory.
         options: what to compare or apply.
+        placement: of this graph without what the options exclude, where it is known already.
         progress: where to show progress.
 
     Returns:
@@ -103,23 +105,23 @@ def calibrate_graph(
     """
     options = options or CalibrationOptions()
     progress = progress or NoProgress()
-    placement = place(model, options.exclude)
+    placement = placement or place(model, options.exclude)
     if not placement.tensors:
         raise CalibrationError(
             "the model has no layer that can run in INT8: "
-            + (next(iter(placement.skipped.values()), "no Conv, Gemm or MatMul in float32"))
+            + (next(iter(placement.reasons.values()), "no Conv, Gemm or MatMul in float32"))
         )
-    divider = Divider(
+    split = HoldOutSplit(
         input_specs(model),
         HELD_BACK if options.searches else 0,
         KEPT if options.keeps_samples or options.searches else 0,
     )
     with process_group():
         statistics, samples = gather_statistics(
-            lambda: _collect(model, placement, batches, divider, progress)
+            lambda: _collect(model, placement, batches, split, progress)
         )
         return broadcast_from_first(
-            lambda: _decide(model, placement, statistics, samples, divider, options, progress)
+            lambda: _decide(model, placement, statistics, samples, split, options, progress)
         )
 
 
@@ -127,7 +129,7 @@ def _collect(
     model: ir.Model,
     placement: Placement,
     batches: Iterable[Any],
-    divider: Divider,
+    split: HoldOutSplit,
     progress: Progress,
 ) -> tuple[dict[str, TensorStatistics], int]:
     specs = input_specs(model)
@@ -145,7 +147,7 @@ def _collect(
                 raise CalibrationError(f"batch {index} is empty; leave empty batches out")
             check_finite(feeds, index)
             samples += batch_size(feeds, specs) or 1
-            for part in divider.divide(feeds):
+            for part in split.divide(feeds):
                 collector.update(part, index)
             advance(1)
     if not samples:
@@ -170,15 +172,15 @@ def _decide(
     placement: Placement,
     statistics: dict[str, TensorStatistics],
     samples: int,
-    divider: Divider,
+    split: HoldOutSplit,
     options: CalibrationOptions,
     progress: Progress,
 ) -> CalibrationTable:
     trials: tuple[Trial, ...] = ()
     if options.searches or options.bias_correction:
         if options.searches:
-            _warn_of_few(samples, divider.held.size)
-        candidate, trials = _search(model, placement, statistics, divider, options, progress)
+            _warn_of_few(samples, split.held.size)
+        candidate, trials = _search(model, placement, statistics, split, options, progress)
     else:
         ranges = observed_ranges(statistics, placement.groups, options.observer, options.dtype)
         candidate = Candidate(
@@ -199,7 +201,7 @@ def _warn_of_few(samples: int, held: int) -> None:
         weak = "are compared on the very samples they were fitted to, as none could be held back"
     warnings.warn(
         f"there are {samples} calibration samples, so candidates {weak}; give at least "
-        f"{FEWEST_HELD * Divider.EVERY}, better some dozens",
+        f"{FEWEST_HELD * HoldOutSplit.EVERY}, better some dozens",
         OctavoWarning,
         stacklevel=2,
     )
@@ -209,11 +211,11 @@ def _search(
     model: ir.Model,
     placement: Placement,
     statistics: dict[str, TensorStatistics],
-    divider: Divider,
+    split: HoldOutSplit,
     options: CalibrationOptions,
     progress: Progress,
 ) -> tuple[Candidate, tuple[Trial, ...]]:
-    held = divider.held.batches() if divider.held.samples else divider.kept.batches()
+    held = split.held.batches() if split.held.samples else split.kept.batches()
     auto = options.observer == "auto"
     search = Search(
         model,
@@ -231,7 +233,7 @@ def _search(
     if options.equalization or (auto and options.equalization is None):
         search.equalization(always=bool(options.equalization))
     if options.bias_correction or (auto and options.bias_correction is None):
-        search.bias_correction(divider.kept.batches(), always=bool(options.bias_correction))
+        search.bias_correction(split.kept.batches(), always=bool(options.bias_correction))
     return search.best, search.finished()
 
 

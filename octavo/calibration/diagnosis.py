@@ -13,7 +13,7 @@ from octavo.core.feeds import split_batch
 from octavo.core.results import LayerSqnr
 from octavo.export.onnx_model import input_specs
 from octavo.export.onnxruntime_session import make_session
-from octavo.export.placement import place
+from octavo.export.placement import Placement, place
 from octavo.export.qdq import QuantSpec, adjust_weights, insert_qdq
 from octavo.quant.error import decibels
 
@@ -21,7 +21,10 @@ __all__ = ["layer_sqnr"]
 
 
 def layer_sqnr(
-    model: ir.Model, spec: QuantSpec, batches: Sequence[Mapping[str, Array]]
+    model: ir.Model,
+    spec: QuantSpec,
+    batches: Sequence[Mapping[str, Array]],
+    placement: Placement | None = None,
 ) -> tuple[LayerSqnr, ...]:
     """Noise at the output of every quantized layer, with all layers before it quantized too.
 
@@ -29,11 +32,12 @@ def layer_sqnr(
         model: the float graph.
         spec: what calibration decided.
         batches: input name -> array.
+        placement: of this graph without what `spec` excludes, where it is known already.
 
     Returns:
         one entry a layer, in execution order.
     """
-    placement = place(model, spec.exclude)
+    placement = placement or place(model, spec.exclude)
     adjusted = adjust_weights(model, placement, QuantSpec({}, spec.equalization))
     corrected = adjust_weights(model, placement, spec)
     quantized = insert_qdq(corrected, placement, spec.activations)

@@ -13,12 +13,12 @@ from octavo.core.errors import CalibrationError
 from octavo.core.feeds import split_batch
 from octavo.export.onnx_model import input_specs
 from octavo.export.onnxruntime_form import lower_for_onnxruntime
-from octavo.export.onnxruntime_session import kernel_form, make_session
+from octavo.export.onnxruntime_session import kernel_dtypes, make_session
 from octavo.export.placement import Placement
 from octavo.export.qdq import QuantSpec, adjust_weights, insert_qdq
 from octavo.quant import sqnr_db
 
-__all__ = ["Judge", "Score"]
+__all__ = ["Evaluator", "Score"]
 
 PART = 16
 
@@ -42,7 +42,7 @@ class Score:
         return self.sqnr_db >= other.sqnr_db
 
 
-class Judge:
+class Evaluator:
     """Runs candidates on ONNX Runtime, with the integers that an engine will have.
 
     Args:
@@ -64,7 +64,7 @@ class Judge:
         """Builds the candidate and compares its outputs with the float model's."""
         adjusted = adjust_weights(self._model, self._placement, spec)
         quantized = insert_qdq(adjusted, self._placement, spec.activations)
-        outputs = self._outputs(lower_for_onnxruntime(quantized.model, kernel_form()).model)
+        outputs = self._outputs(lower_for_onnxruntime(quantized.model, kernel_dtypes()).model)
         noise = []
         agreement = None
         for reference, output in zip(self._reference, outputs, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import nn
 
 from octavo.core.errors import CalibrationError
 from octavo.core.hooks import Hooked
+from octavo.core.models import evaluating, run_batch
+from octavo.core.progress import Progress
 
-__all__ = ["InputCollector", "LayerInputs"]
+__all__ = ["InputCollector", "LayerInputs", "collect_inputs"]
 
 SAMPLE_VALUES = 1 << 19
 """Values kept of the inputs of a layer: 1,365 rows of 384."""
@@ -102,3 +104,60 @@ class InputCollector(Hooked):
             self.inputs[name].update(x)
 
         return hook
+
+
+def collect_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    progress: Progress,
+    *,
+    gram: Collection[str] = (),
+) -> dict[str, LayerInputs]:
+    """Runs batches through a model and keeps what some of its layers are given.
+
+    Args:
+        model: run in evaluation mode, and left in the mode it was in.
+        layers: name -> a layer with a weight, whose first input is [..., K]. Those that hold one
+            weight get the inputs of all of them.
+        batches: real data.
+        progress: where to show progress.
+        gram: names of layers whose gram matrix is wanted too.
+
+    Returns:
+        name -> what was seen, for the layers that the data reached.
+
+    Raises:
+        CalibrationError: no batches, no layer that was reached, or NaN or infinity.
+        InputError: a batch that does not fit the model.
+    """
+    total = len(batches) if isinstance(batches, Sized) else None
+    count = 0
+    with (
+        evaluating(model),
+        InputCollector(layers, gram=gram) as collector,
+        progress.task("Watching the layers' inputs", total) as advance,
+    ):
+        for count, batch in enumerate(batches, 1):
+            run_batch(model, batch, f"calibration batch {count - 1}")
+            advance(1)
+    if not count:
+        raise CalibrationError("calibration has no batches; give a few batches of real inputs")
+    if not collector.inputs:
+        raise CalibrationError(
+            f"no layer to quantize ran during calibration, such as {next(iter(layers))!r}; give "
+            "batches that reach them"
+        )
+    _share(layers, collector.inputs)
+    return collector.inputs
+
+
+def _share(layers: Mapping[str, nn.Module], inputs: dict[str, LayerInputs]) -> None:
+    """Layers with the same weight get the same scales, so that they still have it afterwards."""
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        if name in inputs:
+            other = first.setdefault(id(layer.weight), name)
+            if other != name:
+                inputs[other].merge(inputs[name])
+                inputs[name] = inputs[other]

@@ -18,6 +18,7 @@ from octavo.core.errors import CalibrationError
 from octavo.quant import QTYPES, QParams, qparams_from_range
 
 __all__ = [
+    "LAYER_OBSERVERS",
     "MSE",
     "OBSERVERS",
     "Entropy",
@@ -145,6 +146,10 @@ OBSERVERS: Mapping[str, Observer] = {
     "entropy": Entropy(),
     "mse": MSE(),
 }
+
+
+LAYER_OBSERVERS = tuple(name for name in OBSERVERS if name != "moving-average")
+"""Those that can choose from the values that were kept of a layer's input, without batches."""
 
 
 def choose_range(ends: tuple[float, float], dtype: str) -> QParams:

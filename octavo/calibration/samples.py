@@ -11,7 +11,7 @@ from octavo.core.arrays import Array
 from octavo.core.feeds import batch_size
 from octavo.core.results import TensorSpec
 
-__all__ = ["Divider", "Reservoir"]
+__all__ = ["HoldOutSplit", "Reservoir"]
 
 Feeds = dict[str, Array]
 
@@ -69,7 +69,7 @@ class Reservoir:
         return [{name: np.concatenate([s[name] for s in self.samples]) for name in names}]
 
 
-class Divider:
+class HoldOutSplit:
     """Cuts batches into samples to calibrate on and samples to hold back.
 
     Of every fourth sample a fair choice is held back; the rest is calibrated on, and so is what the

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from octavo.calibration.bias_correction import correct_biases
-from octavo.calibration.evaluator import Judge, Score
+from octavo.calibration.evaluator import Evaluator, Score
 from octavo.calibration.observers import OBSERVERS, choose_range, observed_ranges
 from octavo.calibration.statistics import TensorStatistics
 from octavo.core.arrays import Array, Float32
@@ -87,7 +87,7 @@ class Search:
         self._dtype = dtype
         self._exclude = exclude
         self._progress = progress
-        self._judge = Judge(model, placement, held)
+        self._evaluator = Evaluator(model, placement, held)
         self.trials: list[Trial] = []
         self._ranges: dict[str, dict[str, QParams]] = {}
         self.best = self._uniform(first)
@@ -191,7 +191,7 @@ class Search:
 
     def _measure(self, candidate: Candidate, started: float | None = None) -> Score:
         start = time.perf_counter() if started is None else started
-        score = self._judge.score(candidate.spec)
+        score = self._evaluator.score(candidate.spec)
         seconds = time.perf_counter() - start
         self.trials.append(Trial(candidate.name, score.sqnr_db, score.agreement, seconds))
         return score

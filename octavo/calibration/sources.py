@@ -5,24 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 
-from octavo.calibration import CalibrationOptions, CalibrationTable, calibrate_graph
-from octavo.calibration.data import load_data
+from octavo.calibration.table import CalibrationTable, InputEntry
 from octavo.core.errors import CalibrationError, InputError
-from octavo.core.progress import Progress, default_progress
-from octavo.export import export_torch, fingerprint, input_specs, load_onnx, module_ports
+from octavo.export import export_torch, fingerprint, load_onnx, module_ports
 from octavo.export.torch_export import Inputs, TorchExport, torch_fingerprint
 
 __all__ = [
     "ModelLike",
     "ModelSource",
-    "calibrate_source",
     "first_batch",
     "is_batches",
     "resolve_model",
@@ -39,12 +36,14 @@ class ModelSource:
         graph: the prepared ONNX graph.
         fingerprint: kind -> hash: "onnx", and "torch" for a module.
         ports: names of tensors in the module tree; empty for a bare ONNX file.
+        inputs: what a module was exported with, by name; empty where a table cannot say it.
         exported: the exported module; None for an ONNX file.
     """
 
     graph: ir.Model
     fingerprint: Mapping[str, str]
     ports: Mapping[str, str]
+    inputs: Mapping[str, InputEntry] = field(default_factory=dict)
     exported: TorchExport | None = None
 
 
@@ -70,7 +69,8 @@ def resolve_model(model: ModelLike | ModelSource, example: Inputs | None) -> Mod
             )
         exported = export_torch(model, example)
         identity = {"onnx": fingerprint(exported.model), "torch": torch_fingerprint(model)}
-        return ModelSource(exported.model, identity, module_ports(exported.model), exported)
+        ports = module_ports(exported.model)
+        return ModelSource(exported.model, identity, ports, InputEntry.of(example), exported)
     if not isinstance(model, (str, os.PathLike, onnx.ModelProto, ir.Model)):
         raise InputError(
             f"the model is a {type(model).__name__}; give a torch.nn.Module or the path of an "
@@ -110,19 +110,3 @@ def _as_tensors(batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return tuple(torch.as_tensor(value) for value in batch)
     return torch.as_tensor(batch)
-
-
-def calibrate_source(
-    source: ModelSource,
-    data: Iterable[Any] | str | os.PathLike[str],
-    options: CalibrationOptions,
-    progress: Progress | None,
-) -> CalibrationTable:
-    """Calibrates a model that has been resolved."""
-    batches: Iterable[Any]
-    if isinstance(data, (str, os.PathLike)):
-        batches = load_data(data, input_specs(source.graph))
-    else:
-        batches = data
-    table = calibrate_graph(source.graph, batches, options, progress=progress or default_progress())
-    return table.model_copy(update={"fingerprint": dict(source.fingerprint)})

@@ -21,7 +21,7 @@ from octavo.core.version import __version__
 from octavo.export.qdq import QuantSpec
 from octavo.quant import QTYPES, PerChannel, PerTensor, QParams, qparams_from_range
 
-__all__ = ["SCHEMA_VERSION", "CalibrationTable", "TensorEntry", "WeightEntry"]
+__all__ = ["SCHEMA_VERSION", "CalibrationTable", "InputEntry", "TensorEntry", "WeightEntry"]
 
 SCHEMA_VERSION = 1
 SUMMARY_BINS = 128
@@ -168,6 +168,60 @@ class WeightEntry(_Frozen):
         )
 
 
+class InputEntry(_Frozen):
+    """One input that a module was exported with, so that it can be exported again.
+
+    Attributes:
+        dtype: of torch, such as "float32".
+        shape: as it was given.
+        largest: of an input of integers or booleans the largest value given.
+        keyword: whether it was given by name.
+    """
+
+    dtype: str
+    shape: tuple[Count, ...]
+    largest: int = 0
+    keyword: bool = False
+
+    @model_validator(mode="after")
+    def _dtype_is_known(self) -> InputEntry:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"{self.dtype!r} is no dtype of torch")
+        return self
+
+    def example(self) -> torch.Tensor:
+        """A tensor of the kind: the same one each time, of normal or of the largest values."""
+        dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randn(self.shape, generator=generator).to(dtype)
+        return torch.full(self.shape, self.largest).to(dtype)
+
+    @classmethod
+    def of(cls, example: Any) -> dict[str, InputEntry]:
+        """Entries for the inputs of a call; none where something else than tensors is among them.
+
+        Args:
+            example: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        """
+        keyword = isinstance(example, Mapping)
+        parts = list(example) if isinstance(example, (tuple, list)) else [example]
+        given = dict(example) if keyword else {str(i): part for i, part in enumerate(parts)}
+        if not all(isinstance(one, torch.Tensor) for one in given.values()):
+            return {}
+        return {name: cls._of_tensor(one, keyword) for name, one in given.items()}
+
+    @classmethod
+    def _of_tensor(cls, tensor: torch.Tensor, keyword: bool) -> InputEntry:
+        counts = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0
+        return cls(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            largest=int(tensor.max()) if counts else 0,
+            keyword=keyword,
+        )
+
+
 class CalibrationTable(_Frozen):
     """What calibration found out about one model; immutable.
 
@@ -183,6 +237,7 @@ class CalibrationTable(_Frozen):
         equalization: tensor name -> factor a channel.
         bias_correction: name of a layer's output -> what is added to its bias.
         exclude: patterns of nodes kept in float.
+        inputs: what a module was exported with; empty for an ONNX file.
         trials: the candidates that were compared.
     """
 
@@ -196,6 +251,7 @@ class CalibrationTable(_Frozen):
     equalization: dict[str, tuple[PositiveFloat, ...]] = Field(default_factory=dict)
     bias_correction: dict[str, tuple[Float32, ...]] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    inputs: dict[str, InputEntry] = Field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -295,6 +351,12 @@ class CalibrationTable(_Frozen):
             bias_correction=self.bias_correction,
             exclude=self.exclude,
         )
+
+    def example_inputs(self) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor] | None:
+        """Inputs of the kind that the model was exported with; None where the table has none."""
+        made = {name: entry.example() for name, entry in self.inputs.items()}
+        keyword = any(entry.keyword for entry in self.inputs.values())
+        return (made if keyword else tuple(made.values())) or None
 
     def merge(self, other: CalibrationTable) -> CalibrationTable:
         """The table of two sets of data: of each tensor the wider range, all counts added.

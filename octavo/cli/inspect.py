@@ -119,15 +119,15 @@ def _inspect_onnx(path: Path, console: Console) -> None:
         "nodes:   " + ", ".join(f"{count} {name}" for name, count in operators.most_common())
     )
     console.print(
-        f"{len(placement.layers)} layers can run in INT8; {len(placement.skipped)} Conv, Gemm or "
+        f"{len(placement.layers)} layers can run in INT8; {len(placement.reasons)} Conv, Gemm or "
         "MatMul cannot."
     )
     table = _table("layer", "INT8", "why not")
     names = {layer.name for layer in placement.layers}
     for node in model.graph:
         name = node.name or ""
-        if name in names or name in placement.skipped:
-            table.add_row(name, "yes" if name in names else "no", placement.skipped.get(name, ""))
+        if name in names or name in placement.reasons:
+            table.add_row(name, "yes" if name in names else "no", placement.reasons.get(name, ""))
     console.print(table)
 
 

@@ -10,7 +10,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "atomic_write", "sha256_bytes", "sha256_file"]
+__all__ = [
+    "atomic_path",
+    "atomic_write",
+    "others_may_write",
+    "private_folder",
+    "sha256_bytes",
+    "sha256_file",
+]
 
 _CHUNK = 1 << 20
 
@@ -50,6 +57,22 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
+
+
+def private_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a folder, and those above it that are missing, for nobody but this user (mode 0700)."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.parent != folder:
+            private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def others_may_write(path: str | os.PathLike[str]) -> bool:
+    """Whether somebody else than this user and the administrator may change a file or folder."""
+    facts = Path(path).stat()
+    return facts.st_uid not in (os.getuid(), 0) or bool(facts.st_mode & 0o022)
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

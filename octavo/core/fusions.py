@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FuseSummary", "Fusion", "NearMiss"]
+__all__ = ["FuseSummary", "Fusion", "Unfused"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fusion:
 
 
 @dataclass(frozen=True)
-class NearMiss:
+class Unfused:
     """A layer that looks as if it could be fused, or fused further, and was not.
 
     Attributes:
@@ -48,7 +48,7 @@ class FuseSummary:
             run on the example inputs, or "nn.Sequential".
         notes: why a better way was not taken, and what holds for the fused model only.
         fusions: one entry a fused layer.
-        near_misses: layers that stay as they are, or in part, and why.
+        unfused: layers that stay as they are, or in part, and why.
         convolutions: how many convolutions the model calls.
         depthwise: how many of them are depthwise.
         separable: how many of the depthwise are fused with their pointwise convolution.
@@ -59,7 +59,7 @@ class FuseSummary:
     method: str
     notes: tuple[str, ...]
     fusions: tuple[Fusion, ...]
-    near_misses: tuple[NearMiss, ...]
+    unfused: tuple[Unfused, ...]
     convolutions: int
     depthwise: int
     separable: int

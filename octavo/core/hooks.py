@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hooked", "has_hooks"]
+__all__ = ["Hooked", "any_global_hooks", "has_hooks"]
 
 
 class Hooked:
@@ -39,3 +40,8 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def any_global_hooks() -> bool:
+    """Whether something is called for every module of the process, as profilers have it."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]

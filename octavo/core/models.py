@@ -11,7 +11,13 @@ from torch import nn
 
 from octavo.core.errors import InputError
 
-__all__ = ["evaluating", "held_bytes", "in_evaluation", "run_batch"]
+__all__ = [
+    "evaluating",
+    "held_bytes",
+    "in_evaluation",
+    "outside_inference_mode",
+    "run_batch",
+]
 
 
 @contextmanager
@@ -24,6 +30,18 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors made here can be written to and kept track of, also where the caller infers.
+
+    Kernels keep what they make of a weight beside it, and see by its version whether it changed;
+    a tensor that was made in inference mode has none.
+    """
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
 
 
 @contextmanager

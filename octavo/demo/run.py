@@ -16,7 +16,8 @@ import torch
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
 from octavo.calibration.diagnosis import layer_sqnr
-from octavo.calibration.sources import ModelSource, calibrate_source, resolve_model
+from octavo.calibration.placed import Placed
+from octavo.calibration.sources import ModelSource, resolve_model
 from octavo.core.arrays import Array, Float32
 from octavo.core.errors import BuildError, MissingDependencyError
 from octavo.core.machine import machine_facts
@@ -24,7 +25,7 @@ from octavo.core.progress import Progress, default_progress
 from octavo.core.results import EngineResult, Report
 from octavo.demo import images
 from octavo.engines import Engine, Profile, get_backend
-from octavo.export import QuantSpec, input_specs, place, unsigned_spec
+from octavo.export import input_specs
 from octavo.export.simulate import simulate
 from octavo.measure import isolated_latency
 from octavo.pipelines.build import build, load
@@ -106,22 +107,22 @@ def run_demo(
     bench = _Workbench(target, shown, module, source, evaluation, _eager(module, evaluation, shown))
     say("Calibrating: observers, equalization and bias correction compared on held-back crops")
     batches = [calibration[i : i + BATCH] for i in range(0, len(calibration), BATCH)]
-    table = calibrate_source(source, batches, CalibrationOptions(), shown)
-    show_trials(table)
-    table.save(target / "table.json")
-    affine = calibrate_source(source, batches, CalibrationOptions(dtype="uint8"), shown)
-    affine.save(target / "table-uint8.json")
+    placed = Placed.calibrated(source, batches, CalibrationOptions(), shown)
+    show_trials(placed.table)
+    placed.table.save(target / "table.json")
+    affine = Placed.calibrated(source, batches, CalibrationOptions(dtype="uint8"), shown)
+    affine.table.save(target / "table-uint8.json")
     say("Building engines")
     _add(bench, "ONNX Runtime float32", "onnxruntime", "float32")
-    _add(bench, INT8, "onnxruntime", "int8", table)
+    _add(bench, INT8, "onnxruntime", "int8", placed)
     _add(bench, f"{INT8}, uint8 activations", "onnxruntime", "int8", affine)
-    _add_tensorrt(bench, table)
+    _add_tensorrt(bench, placed)
     _add_tensorrt_rtx(bench)
     say("Comparing the engines with PyTorch")
-    _check_parity(bench, table)
+    _check_parity(bench, placed)
     baseline = _measure_latency(bench)
     say("Writing the report")
-    report = _report(bench, table, baseline, calibration_crops)
+    report = _report(bench, placed, baseline, calibration_crops)
     return DemoResult(report, target, write_report(report, target, say))
 
 
@@ -139,14 +140,14 @@ def _add(
     name: str,
     backend: str,
     precision: str,
-    table: CalibrationTable | None = None,
+    placed: Placed | None = None,
     targets: tuple[str, ...] = (),
 ) -> None:
     """Builds an engine, saves it, and measures its accuracy where this machine can run it."""
     try:
         engine = build(
             bench.source,
-            calibration=table,
+            calibration=placed,
             backend=backend,
             precision=precision,
             profiles=None if backend == "onnxruntime" else _profiles(bench),
@@ -181,12 +182,12 @@ def slug(name: str) -> str:
     return name.lower().replace(",", "").replace(" ", "-")
 
 
-def _add_tensorrt(bench: _Workbench, table: CalibrationTable) -> None:
+def _add_tensorrt(bench: _Workbench, placed: Placed) -> None:
     if get_backend("tensorrt").missing():
         bench.notes.append("TensorRT was left out: it needs an NVIDIA GPU and its libraries.")
         return
     _add(bench, "TensorRT float16", "tensorrt", "float16")
-    _add(bench, "TensorRT INT8", "tensorrt", "int8+float16", table)
+    _add(bench, "TensorRT INT8", "tensorrt", "int8+float16", placed)
 
 
 def _add_tensorrt_rtx(bench: _Workbench) -> None:
@@ -209,13 +210,13 @@ def _run(engine: Engine, samples: Float32) -> Array:
     return np.concatenate([engine(samples[start : start + BATCH]) for start in parts])
 
 
-def _check_parity(bench: _Workbench, table: CalibrationTable) -> None:
+def _check_parity(bench: _Workbench, placed: Placed) -> None:
     """Runs the quantized model in PyTorch with the same table, and compares."""
     index = next(i for i, result in enumerate(bench.results) if result.name == INT8)
     if bench.source.exported is None:
         return
     samples = bench.evaluation[:PARITY_CROPS]
-    module = simulate(bench.source.exported, _spec(bench, table))
+    module = simulate(bench.source.exported, placed.spec(unsigned=True), placed.placement)
     with torch.inference_mode(), bench.progress.task("Parity check", 1) as advance:
         expected = module(torch.from_numpy(samples)).numpy()
         advance(1)
@@ -227,12 +228,6 @@ def _check_parity(bench: _Workbench, table: CalibrationTable) -> None:
         f"The quantized model in PyTorch and the INT8 engine on ONNX Runtime, made from the same "
         f"table, agree {agreement} on {len(samples)} evaluation crops."
     )
-
-
-def _spec(bench: _Workbench, table: CalibrationTable) -> QuantSpec:
-    """What an engine for ONNX Runtime is built from."""
-    graph = bench.source.graph
-    return unsigned_spec(graph, table.spec(place(graph, table.exclude).tensors))
 
 
 def _measure_latency(bench: _Workbench) -> EngineResult:
@@ -296,9 +291,9 @@ def engine_call(path: Path, sample: Float32) -> Callable[[], object]:
 
 
 def _report(
-    bench: _Workbench, table: CalibrationTable, baseline: EngineResult, calibration_crops: int
+    bench: _Workbench, placed: Placed, baseline: EngineResult, calibration_crops: int
 ) -> Report:
-    graph = bench.source.graph
+    table, spec = placed.table, placed.spec(unsigned=True)
     batch = {bench.engines[INT8].inputs[0].name: bench.evaluation[:LAYER_CROPS]}
     return Report(
         title="EfficientNet-Lite0 in eight bits",
@@ -312,7 +307,7 @@ def _report(
         baseline=baseline,
         engines=tuple(bench.results),
         trials=table.trials,
-        layer_sqnr=layer_sqnr(graph, _spec(bench, table), [batch]),
+        layer_sqnr=layer_sqnr(bench.source.graph, spec, [batch], placed.placement),
         histograms=table.histograms(_most_clipped(table)),
         notes=tuple(bench.notes),
         command="octavo demo",

@@ -112,9 +112,11 @@ class _quiet:  # noqa: N801 - used like a function
     def __enter__(self) -> None:
         theirs: Any = importlib.import_module("transformers.utils.logging")
         self._theirs, self._level = theirs, theirs.get_verbosity()
+        self._bar = theirs.is_progress_bar_enabled()
         theirs.set_verbosity(logging.ERROR)
         theirs.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
         self._theirs.set_verbosity(self._level)
-        self._theirs.enable_progress_bar()
+        if self._bar:
+            self._theirs.enable_progress_bar()

@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Member(_Frozen):
@@ -58,7 +58,7 @@ class Manifest(_Frozen):
         inputs: the model's inputs.
         outputs: its outputs.
         profiles: shape ranges it was built for, input -> (min, opt, max).
-        skipped: name of a layer that was not quantized -> why not.
+        reasons: name of a layer that was not quantized -> why not.
         members: the other files -> their size and hash.
     """
 
@@ -77,7 +77,7 @@ class Manifest(_Frozen):
     profiles: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = Field(
         default_factory=dict
     )
-    skipped: dict[str, str] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict, alias="skipped")
     members: dict[Name, Member] = Field(default_factory=dict)
 
 
@@ -111,7 +111,7 @@ class Artifact:
 def write_artifact(artifact: Artifact, path: str | os.PathLike[str]) -> Path:
     """Writes an engine file in one step; an older file stays until the new one is whole."""
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        files = {MANIFEST: artifact.manifest.model_dump_json(indent=1).encode()}
+        files = {MANIFEST: artifact.manifest.model_dump_json(indent=1, by_alias=True).encode()}
         for name, content in {**files, **artifact.members}.items():
             # a fixed time, so that the same engine is the same file
             info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))

@@ -31,7 +31,7 @@ from octavo.export.onnx_model import (
     size_bytes,
 )
 from octavo.export.onnxruntime_form import lower_for_onnxruntime
-from octavo.export.onnxruntime_session import kernel_form, make_session
+from octavo.export.onnxruntime_session import kernel_dtypes, make_session
 from octavo.export.placement import ACTIVATIONS
 from octavo.export.precision import to_float16
 
@@ -99,7 +99,7 @@ class OnnxRuntimeBackend:
             calibration=None if request.table is None else sha256_bytes(request.table.encode()),
             inputs=input_specs(model),
             outputs=output_specs(model),
-            skipped=dict(request.quantized.skipped) if request.quantized else {},
+            reasons=dict(request.quantized.reasons) if request.quantized else {},
         )
         if request.quantized:
             runner = self.open(artifact)
@@ -127,12 +127,12 @@ class OnnxRuntimeRunner:
         self._manifest = artifact.manifest
         self._quantized = artifact.manifest.precision.startswith("int8")
         model = self._load(artifact)
-        self._why_float: dict[str, str] = dict(artifact.manifest.skipped)
+        self._float_reason: dict[str, str] = dict(artifact.manifest.reasons)
         if self._quantized:
-            lowered = lower_for_onnxruntime(model, kernel_form())
+            lowered = lower_for_onnxruntime(model, kernel_dtypes())
             model = lowered.model
-            self._why_float.update(lowered.float_layers)
-        self._why_float = _by_output(model, self._why_float)
+            self._float_reason.update(lowered.float_layers)
+        self._float_reason = _by_output(model, self._float_reason)
         self.model = model
         self._session: Any = make_session(self._source())
         self._outputs = [spec.name for spec in artifact.manifest.outputs]
@@ -148,7 +148,7 @@ class OnnxRuntimeRunner:
             path = Path(folder) / "optimized.onnx"
             make_session(self._source(), optimized_path=path)
             graph = onnx.load(path, load_external_data=False).graph
-        return LayerReport(tuple(_describe(graph, self._why_float, self._quantized)))
+        return LayerReport(tuple(_describe(graph, self._float_reason, self._quantized)))
 
     def close(self) -> None:
         """See `Runner`."""

@@ -24,7 +24,7 @@ from octavo.core.version import __version__
 from octavo.engines.artifact import Artifact, Manifest
 from octavo.engines.engine import Engine
 from octavo.export.onnx_model import save_onnx
-from octavo.export.onnxruntime_form import KernelForm, lower_for_onnxruntime
+from octavo.export.onnxruntime_form import KernelDtypes, lower_for_onnxruntime
 
 __all__ = ["export_triton_server"]
 
@@ -56,7 +56,7 @@ def export_triton_server(
     max_batch_size: int | None = None,
     instance_count: int = 1,
     dynamic_batching: bool = True,
-    form: KernelForm | None = None,
+    form: KernelDtypes | None = None,
     threads: int = 0,
     overwrite: bool = False,
 ) -> Path:
@@ -77,7 +77,7 @@ def export_triton_server(
         form: for INT8 engines of onnxruntime, which integer types the kernels get; by default
             uint8 activations and int8 weights, which are fast and exact on processors with VNNI.
             The server cannot pass ONNX Runtime the option that keeps sums from saturating on
-            older ones: for those give `KernelForm("uint8", "uint8")`.
+            older ones: for those give `KernelDtypes("uint8", "uint8")`.
         threads: threads of one instance on a CPU; 0 for one a core.
         overwrite: replace an older folder `name`, all versions of it.
 
@@ -101,7 +101,7 @@ def export_triton_server(
         if value < least:
             raise InputError(f"{label} is {value}; give {least} or more")
     batch = _max_batch(manifest, max_batch_size)
-    chosen = form or KernelForm()
+    chosen = form or KernelDtypes()
     config = _config(manifest, name, batch, instance_count, dynamic_batching, chosen, threads)
     target = Path(folder) / name
     with _new_folder(target, overwrite) as temporary:
@@ -152,7 +152,7 @@ def _config(
     batch: int,
     instances: int,
     dynamic: bool,
-    form: KernelForm,
+    form: KernelDtypes,
     threads: int,
 ) -> str:
     cpu = manifest.backend == "onnxruntime"
@@ -179,7 +179,7 @@ def _config(
     return "\n".join(lines) + "\n"
 
 
-def _remarks(manifest: Manifest, form: KernelForm) -> list[str]:
+def _remarks(manifest: Manifest, form: KernelDtypes) -> list[str]:
     if manifest.backend == "tensorrt":
         where = ", ".join(manifest.architecture) + (
             f" ({manifest.device})" if manifest.device else ""
@@ -194,7 +194,7 @@ def _remarks(manifest: Manifest, form: KernelForm) -> list[str]:
     if form.activation == "uint8" and form.weight == "int8":
         remark += (
             " On x86 the processor needs VNNI: elsewhere sums\n# saturate, and the model has to be "
-            'exported with form=KernelForm("uint8", "uint8").'
+            'exported with form=KernelDtypes("uint8", "uint8").'
         )
     return [remark]
 
@@ -238,7 +238,7 @@ def _one_line(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-def _write_model(artifact: Artifact, folder: Path, form: KernelForm) -> None:
+def _write_model(artifact: Artifact, folder: Path, form: KernelDtypes) -> None:
     if artifact.manifest.backend == "tensorrt":
         (folder / "model.plan").write_bytes(artifact.members["model.plan"])
         return

@@ -11,8 +11,8 @@ from octavo.export.onnx_model import (
     serialize,
     size_bytes,
 )
-from octavo.export.onnxruntime_form import KernelForm, LoweredModel, lower_for_onnxruntime
-from octavo.export.onnxruntime_session import kernel_form, make_session, probe_form
+from octavo.export.onnxruntime_form import KernelDtypes, LoweredModel, lower_for_onnxruntime
+from octavo.export.onnxruntime_session import kernel_dtypes, make_session, probe_dtypes
 from octavo.export.placement import Placement, QuantizedLayer, place
 from octavo.export.precision import to_float16
 from octavo.export.qdq import QdqModel, QuantSpec, adjust_weights, insert_qdq, quantize_graph
@@ -22,7 +22,7 @@ from octavo.quant.weights import QuantizedWeight, quantize_weight
 
 __all__ = [
     "Chain",
-    "KernelForm",
+    "KernelDtypes",
     "LoweredModel",
     "Placement",
     "QdqModel",
@@ -38,14 +38,14 @@ __all__ = [
     "fingerprint",
     "input_specs",
     "insert_qdq",
-    "kernel_form",
+    "kernel_dtypes",
     "load_onnx",
     "lower_for_onnxruntime",
     "make_session",
     "module_ports",
     "output_specs",
     "place",
-    "probe_form",
+    "probe_dtypes",
     "quantize_graph",
     "quantize_weight",
     "save_onnx",

@@ -8,6 +8,16 @@ import torch
 from torch import nn
 
 from octavo.quant import QParams, fake_quantize, quantize
+from octavo.quant.requantize import (
+    UNSIGNED,
+    SumMultipliers,
+    bias_on_grid,
+    mean_multiplier,
+    multiplier,
+    requantize,
+    signed,
+)
+from octavo.quant.weights import QuantizedWeight
 
 __all__ = ["FakeQuantize", "IntegerAdd", "IntegerLayer", "IntegerMean"]
 
@@ -19,11 +29,10 @@ class IntegerLayer(nn.Module):
         operator: the aten operator of the float layer.
         arguments: its arguments after input, weight and bias.
         source: how the input is quantized.
-        codes: int8 weight in the operator's layout.
-        weight_scale: float32 scalar or [channels].
-        bias: float32 [channels], on the grid of the accumulator where the engine adds it there.
+        weight: int8 in the operator's layout, with one scale or [channels], and a bias: int32 in
+            units of the sums where the engine adds it there, else float32.
         target: how the output will be quantized, or None.
-        channel_axis: axis of the output that `weight_scale` belongs to.
+        channel_axis: axis of the output that the weight's scales belong to.
     """
 
     def __init__(
@@ -31,9 +40,7 @@ class IntegerLayer(nn.Module):
         operator: Any,
         arguments: tuple[Any, ...],
         source: QParams,
-        codes: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bias: torch.Tensor | None,
+        weight: QuantizedWeight,
         target: QParams | None,
         channel_axis: int,
     ) -> None:
@@ -44,11 +51,11 @@ class IntegerLayer(nn.Module):
         self.target = target
         self.channel_axis = channel_axis
         self.codes: torch.Tensor
-        self.step: torch.Tensor
+        self.unit: torch.Tensor
         self.bias: torch.Tensor | None
-        self.register_buffer("codes", codes.double())
-        self.register_buffer("step", source.scale * weight_scale)
-        self.register_buffer("bias", bias)
+        self.register_buffer("codes", weight.values.double())
+        self.register_buffer("unit", multiplier(source.scale, weight.scale))
+        self.register_buffer("bias", weight.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 in, float32 out, as the float layer."""
@@ -56,14 +63,16 @@ class IntegerLayer(nn.Module):
         takes_bias = self.operator is not torch.ops.aten.matmul.default
         rest = (None, *self.arguments) if takes_bias else ()
         accumulator: torch.Tensor = self.operator(codes, self.codes, *rest)
-        step = self._along_channels(self.step, accumulator)
+        unit = self._along_channels(self.unit, accumulator)
         if self.bias is not None:
-            bias = self._along_channels(self.bias, accumulator).double()
-            accumulator = accumulator + torch.round(bias / step.double())
+            bias = self.bias
+            if bias.is_floating_point():
+                bias = bias_on_grid(bias, self.unit)
+            accumulator = accumulator + self._along_channels(bias, accumulator)
         if self.target is None:
-            return accumulator.float() * step
+            return accumulator.float() * unit
         scale = self.target.scale
-        return torch.round(accumulator.float() * (step / scale)) * scale
+        return requantize(accumulator, unit / scale) * scale
 
     def _along_channels(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if values.ndim == 0:
@@ -74,9 +83,7 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerAdd(nn.Module):
-    """A residual addition on uint8 codes, with two fused multiply-adds in float32.
-
-    y = round(a * s_a / s_y + (b * s_b / s_y + offset)), where the offset gathers the zero points.
+    """A residual addition on uint8 codes; see `SumMultipliers`.
 
     Args:
         left: how the first input is quantized.
@@ -87,26 +94,19 @@ class IntegerAdd(nn.Module):
     def __init__(self, left: QParams, right: QParams, target: QParams) -> None:
         super().__init__()
         self.left, self.right, self.target = left, right, target
-        self.ratios = left.scale / target.scale, right.scale / target.scale
-        zeros = [_to_uint8(q) + q.zero_point.float() for q in (left, right, target)]
-        self.zero = zeros[2]
-        self.offset = zeros[2] - (self.ratios[0] * zeros[0] + self.ratios[1] * zeros[1])
+        self.sum = SumMultipliers.of(signed(left), signed(right), signed(target))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Float32 in, float32 out."""
-        codes = [
-            quantize(value, qparams).double() + _to_uint8(qparams)
+        a, b = (
+            quantize(value, qparams).double() + (UNSIGNED if qparams.dtype.symmetric else 0)
             for value, qparams in ((x, self.left), (y, self.right))
-        ]
-        inner = (codes[1] * self.ratios[1].double() + self.offset.double()).float()
-        total = (codes[0] * self.ratios[0].double() + inner.double()).float()
-        return (torch.round(total) - self.zero) * self.target.scale
+        )
+        return (torch.round(self.sum(a, b)) - self.sum.zero_point) * self.target.scale
 
 
 class IntegerMean(nn.Module):
-    """The mean of a picture's codes, rounded once.
-
-    y = round(sum * (s_x / (s_y * pixels))), with the sum of the codes exact.
+    """The mean of a picture's codes, rounded once; see `mean_multiplier`.
 
     Args:
         source: how the picture is quantized.
@@ -121,9 +121,8 @@ class IntegerMean(nn.Module):
         """Float32 [n, c, h, w] in, float32 [n, c, 1, 1] out."""
         codes = quantize(x, self.source).int() - self.source.zero_point
         pixels = x.shape[-1] * x.shape[-2]
-        ratio = self.source.scale / (self.target.scale * pixels)
-        total = codes.sum((-2, -1), keepdim=True).float()
-        return torch.round(total * ratio) * self.target.scale
+        by = mean_multiplier(self.source.scale, self.target.scale, pixels)
+        return requantize(codes.sum((-2, -1), keepdim=True), by) * self.target.scale
 
 
 class FakeQuantize(nn.Module):
@@ -136,8 +135,3 @@ class FakeQuantize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 in, what is left of it out."""
         return fake_quantize(x, self.qparams)
-
-
-def _to_uint8(qparams: QParams) -> float:
-    """What to add to a code to make it unsigned."""
-    return 128.0 if qparams.dtype.symmetric else 0.0

@@ -202,6 +202,12 @@ def extract_model(model: ir.Model, inputs: Sequence[str], outputs: Iterable[str]
     return ir.Model(graph, ir_version=model.ir_version)
 
 
+def module_of(weight: str) -> str | None:
+    """Name of the module that holds a weight; None for a weight that no module holds as such."""
+    name, _, leaf = weight.removesuffix(TRANSPOSED).rpartition(".")
+    return name if leaf == "weight" else None
+
+
 def node_scopes(node: ir.Node) -> list[str]:
     """Paths of the modules that a node lies in, outermost first; empty if not known."""
     import ast

@@ -23,13 +23,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 
+from octavo.core.arrays import Array
 from octavo.export.constants import constant, initializer
 from octavo.export.equalization import clamp_bounds
-from octavo.export.pooling import average_codes, averages_pictures
+from octavo.export.pooling import average_integers, averages_pictures
+from octavo.quant.requantize import UNSIGNED, bias_on_grid, clamped, multiplier
 
-__all__ = ["KernelForm", "LoweredModel", "lower_for_onnxruntime"]
+__all__ = ["KernelDtypes", "LoweredModel", "lower_for_onnxruntime"]
 
 INTEGER_OUTPUT = frozenset({"Add", "Conv", "Gemm", "MatMul"})
 """Layers with an integer kernel when a QuantizeLinear follows."""
@@ -38,7 +41,7 @@ FLOAT_OUTPUT = frozenset({"Gemm", "MatMul"})
 
 
 @dataclass(frozen=True)
-class KernelForm:
+class KernelDtypes:
     """Integer types that ONNX Runtime's kernels take on a processor.
 
     Attributes:
@@ -66,12 +69,12 @@ class LoweredModel:
     float_layers: Mapping[str, str]
 
 
-def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
+def lower_for_onnxruntime(model: ir.Model, dtypes: KernelDtypes) -> LoweredModel:
     """Rewrites a portable Q/DQ graph; its codes stay the same, up to ties in a mean.
 
     Args:
         model: from `quantize_graph`; not changed. A float graph comes back as it is.
-        form: which integer types to use.
+        dtypes: which integer types to use.
 
     Raises:
         ExportError: a Q/DQ pair without constant scale and zero point.
@@ -81,20 +84,20 @@ def lower_for_onnxruntime(model: ir.Model, form: KernelForm) -> LoweredModel:
         if node.op_type == "QuantizeLinear":
             _quantize_before_clamps(copy, node)
         elif averages_pictures(node):
-            average_codes(copy, node)
+            average_integers(copy, node)
     float_layers = {}
     for node in list(copy.graph):
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add"):
             continue
         if not _dequantized(node.inputs[0]) or not _dequantized(node.inputs[1]):
             continue
-        reason = _why_float(node)
+        reason = _float_reason(node)
         if reason:
             float_layers[node.name or ""] = reason
             _fold_weight(copy, node)
         elif node.op_type in ("Conv", "Gemm"):
             _integer_bias(copy, node)
-    _retype_all(copy, form)
+    _retype_all(copy, dtypes)
     for node in list(copy.graph):
         if node.op_type == "Conv" and (node.name or "") not in float_layers:
             _four_channels(copy, node)
@@ -130,7 +133,7 @@ def _quantize_before_clamps(model: ir.Model, quantize: ir.Node) -> None:
     scale, zero = constant(quantize.inputs[1]), constant(quantize.inputs[2])
     limits = np.iinfo(zero.dtype)
     bounds_code = [
-        int(np.clip(np.rint(np.float32(bound) / scale) + int(zero), limits.min, limits.max))
+        clamped(float(bound), float(scale), int(zero), limits.min, limits.max)
         for bound in (low, high)
     ]
     quantize.replace_input_with(0, value)
@@ -153,7 +156,7 @@ def _quantize_before_clamps(model: ir.Model, quantize: ir.Node) -> None:
         user.replace_input_with(index, clip.outputs[0])
 
 
-def _why_float(node: ir.Node) -> str:
+def _float_reason(node: ir.Node) -> str:
     """Why ONNX Runtime has no integer kernel for a layer with quantized inputs; empty if it has."""
     output = node.outputs[0]
     users = [user for user, _ in output.uses()]
@@ -178,18 +181,13 @@ def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     source, weight = (value.producer() for value in node.inputs[:2] if value is not None)
     if source is None or weight is None:
         return
-    step = (constant(source.inputs[1]) * constant(weight.inputs[1])).astype(np.float32)
-    real = bias.const_value.numpy().astype(np.float64).reshape(-1)
-    codes = np.rint(real / step.astype(np.float64))
-    limits = np.iinfo(np.int32)
-    codes = np.clip(codes, limits.min, limits.max).astype(np.int32)
-    if step.ndim == 0 and codes.size > 1:
-        step = np.full(codes.shape, step, dtype=np.float32)
+    unit = multiplier(*(_tensor(constant(end.inputs[1])) for end in (source, weight)))
+    values = bias_on_grid(_tensor(bias.const_value.numpy()).reshape(-1), unit)
     base = f"{node.outputs[0].name}.bias"
     inputs = [
-        initializer(model, f"{base}.int32", codes),
-        initializer(model, f"{base}.scale", step.reshape(codes.shape)),
-        initializer(model, f"{base}.zero_point", np.zeros(codes.shape, dtype=np.int32)),
+        initializer(model, f"{base}.int32", values.numpy()),
+        initializer(model, f"{base}.scale", unit.expand(values.shape).numpy()),
+        initializer(model, f"{base}.zero_point", np.zeros(values.shape, dtype=np.int32)),
     ]
     dequantize = ir.node(
         "DequantizeLinear", inputs, attributes={"axis": 0}, name=f"DequantizeLinear:{base}"
@@ -199,6 +197,10 @@ def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     dequantize.outputs[0].shape = bias.shape
     model.graph.insert_before(node, dequantize)
     node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
 def _fold_weight(model: ir.Model, node: ir.Node) -> None:
@@ -247,14 +249,14 @@ def _four_channels(model: ir.Model, node: ir.Node) -> None:
     weight.outputs[0].shape = ir.Shape(wider.shape)
 
 
-def _retype_all(model: ir.Model, form: KernelForm) -> None:
-    """Gives activations and weights the integer types of the form."""
+def _retype_all(model: ir.Model, dtypes: KernelDtypes) -> None:
+    """Gives activations and weights the integer types that kernels take."""
     for node in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
-        _retype(model, node.inputs[2], form.activation, node)
+        _retype(model, node.inputs[2], dtypes.activation, node)
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         source = node.inputs[0]
         weight = source is not None and source.is_initializer()
-        _retype(model, node.inputs[2], form.weight if weight else form.activation, node)
+        _retype(model, node.inputs[2], dtypes.weight if weight else dtypes.activation, node)
 
 
 def _retype(model: ir.Model, zero_point: ir.Value | None, target: str, node: ir.Node) -> None:
@@ -278,7 +280,8 @@ def _move(model: ir.Model, node: ir.Node, index: int) -> None:
     """Makes a constant of int8 codes uint8, every code 128 more; or the other way round."""
     value = node.inputs[index]
     codes = constant(value)
-    kind, shift = (np.uint8, 128) if codes.dtype == np.int8 else (np.int8, -128)
+    signed = codes.dtype == np.int8
+    kind, shift = (np.uint8, UNSIGNED) if signed else (np.int8, -UNSIGNED)
     name = f"{value.name if value is not None else ''}.{np.dtype(kind).name}"
     moved = (codes.astype(np.int16) + shift).astype(kind)
     node.replace_input_with(index, initializer(model, name, moved))

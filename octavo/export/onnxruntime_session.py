@@ -16,12 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 from octavo.core.arrays import Array
 from octavo.core.errors import BuildError, UnsupportedError
 from octavo.export.onnx_model import serialize
-from octavo.export.onnxruntime_form import KernelForm, lower_for_onnxruntime
+from octavo.export.onnxruntime_form import KernelDtypes, lower_for_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["kernel_form", "make_session", "probe_form"]
+__all__ = ["kernel_dtypes", "make_session", "probe_dtypes"]
 
 REQUANTIZES = "WeightBiasQuantization"
 """An optimizer that gives float weights between quantized tensors int8 codes of its own, with one
@@ -73,7 +73,7 @@ def make_session(
 
 
 @functools.cache
-def kernel_form() -> KernelForm:
+def kernel_dtypes() -> KernelDtypes:
     """The integer types whose kernels are exact on this processor, fastest first.
 
     Some processors without VNNI add products of uint8 and int8 in 16 bits, which saturates: the
@@ -84,9 +84,13 @@ def kernel_form() -> KernelForm:
         UnsupportedError: none is exact.
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    forms = [KernelForm("uint8", "int8"), KernelForm("uint8", "uint8"), KernelForm("int8", "int8")]
+    forms = [
+        KernelDtypes("uint8", "int8"),
+        KernelDtypes("uint8", "uint8"),
+        KernelDtypes("int8", "int8"),
+    ]
     for form in forms if x86 else reversed(forms):
-        if probe_form(form):
+        if probe_dtypes(form):
             return form
     raise UnsupportedError(
         f"no INT8 kernel of this ONNX Runtime is exact on this processor ({platform.processor()}): "
@@ -94,7 +98,7 @@ def kernel_form() -> KernelForm:
     )
 
 
-def probe_form(form: KernelForm) -> bool:
+def probe_dtypes(form: KernelDtypes) -> bool:
     """Whether INT8 layers in this form give exact sums for the largest codes there are."""
     return all(
         np.array_equal(_run(graph, feeds, form), expected)
@@ -102,7 +106,7 @@ def probe_form(form: KernelForm) -> bool:
     )
 
 
-def _run(graph: onnx.ModelProto, feeds: Mapping[str, Array], form: KernelForm) -> Array:
+def _run(graph: onnx.ModelProto, feeds: Mapping[str, Array], form: KernelDtypes) -> Array:
     lowered = lower_for_onnxruntime(ir.from_proto(graph), form)
     result: Array = make_session(lowered.model, threads=1).run(None, dict(feeds))[0]
     return result

@@ -61,13 +61,13 @@ class Placement:
         layers: nodes that can run in INT8, in execution order.
         tensors: tensors that get a Q/DQ pair -> names of the nodes that read the pair.
         groups: sets of tensors that must share one scale.
-        skipped: name of a node that could have been quantized -> why it is not.
+        reasons: name of a node that could have been quantized -> why it is not.
     """
 
     layers: tuple[QuantizedLayer, ...]
     tensors: Mapping[str, tuple[str, ...]]
     groups: tuple[tuple[str, ...], ...]
-    skipped: Mapping[str, str]
+    reasons: Mapping[str, str]
 
 
 def place(model: ir.Model, exclude: Sequence[str] = ()) -> Placement:
@@ -90,7 +90,7 @@ class _Placer:
         self.exclude = tuple(exclude)
         self.unmatched = set(self.exclude)
         self.layers: dict[str, QuantizedLayer] = {}
-        self.skipped: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.quantized: dict[str, ir.Value] = {}
         self.parent: dict[str, str] = {}
 
@@ -117,7 +117,7 @@ class _Placer:
             layers=tuple(sorted(self.layers.values(), key=lambda layer: order[layer.name])),
             tensors={name: self._readers(value) for name, value in self._in_order().items()},
             groups=self._groups(),
-            skipped=self.skipped,
+            reasons=self.reasons,
         )
 
     def _excluded(self, node: ir.Node) -> bool:
@@ -134,7 +134,7 @@ class _Placer:
         name = node.name or ""
         layer = "excluded by the caller" if name in excluded else _LAYERS[node.op_type](node)
         if isinstance(layer, str):
-            self.skipped[name] = layer
+            self.reasons[name] = layer
             return
         self.layers[name] = layer
         for value in node.inputs:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from octavo.export.constants import constant
+from octavo.quant.requantize import mean_fits
 
-__all__ = ["average_codes", "averages_pictures", "scales_fit"]
-
-RATIO_LIMIT = 256.0
-"""ONNX Runtime's kernel takes scale_x / (scale_y * pixels) from 2**-32 up to 256."""
+__all__ = ["average_integers", "averages_pictures"]
 
 
 def averages_pictures(node: ir.Node) -> bool:
@@ -27,12 +25,7 @@ def averages_pictures(node: ir.Node) -> bool:
     return sorted(int(axis) % 4 for axis in axes.numpy().ravel()) == [2, 3]
 
 
-def scales_fit(source: float, target: float) -> bool:
-    """Whether the kernel takes these scales, for a picture of any size up to 2**24 pixels."""
-    return 1 / RATIO_LIMIT <= source / target < RATIO_LIMIT
-
-
-def average_codes(model: ir.Model, node: ir.Node) -> None:
+def average_integers(model: ir.Model, node: ir.Node) -> None:
     """Turns such a mean between a DequantizeLinear and a QuantizeLinear into GlobalAveragePool.
 
     ONNX Runtime has a kernel on codes for that, and none for ReduceMean.
@@ -47,7 +40,7 @@ def average_codes(model: ir.Model, node: ir.Node) -> None:
         return
     if len(users) != 1 or users[0].op_type != "QuantizeLinear":
         return
-    if not scales_fit(*(float(constant(end.inputs[1])) for end in (source, users[0]))):
+    if not mean_fits(*(float(constant(end.inputs[1])) for end in (source, users[0]))):
         return
     pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
     pool.outputs[0].name = f"{result.name}.pool"

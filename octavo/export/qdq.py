@@ -14,6 +14,7 @@ from octavo.export.constants import initializer, set_constant
 from octavo.export.equalization import equalize
 from octavo.export.placement import Placement, QuantizedLayer, place
 from octavo.quant import PerTensor, QParams
+from octavo.quant.requantize import bias_from_grid, multiplier
 from octavo.quant.weights import half_scale, quantize_weight
 
 __all__ = [
@@ -54,27 +55,34 @@ class QdqModel:
         model: the graph with Q/DQ pairs and int8 weights.
         layers: the layers that run in INT8 where the backend has a kernel.
         weights: weight name -> its scales.
-        skipped: name of a node that could have been quantized -> why it is not.
+        reasons: name of a node that could have been quantized -> why it is not.
     """
 
     model: ir.Model
     layers: tuple[QuantizedLayer, ...]
     weights: Mapping[str, QParams]
-    skipped: Mapping[str, str]
+    reasons: Mapping[str, str]
 
 
-def quantize_graph(model: ir.Model, spec: QuantSpec, *, half_scales: bool = False) -> QdqModel:
+def quantize_graph(
+    model: ir.Model,
+    spec: QuantSpec,
+    placement: Placement | None = None,
+    *,
+    half_scales: bool = False,
+) -> QdqModel:
     """Applies a specification to a float graph, which is not changed.
 
     Args:
         model: the float graph.
         spec: what calibration decided.
+        placement: of this graph without what `spec` excludes, where it is known already.
         half_scales: round scales up to what float16 can hold, for a graph that will be cast to it.
 
     Raises:
         InputError: the specification names what the graph does not have.
     """
-    placement = place(model, spec.exclude)
+    placement = placement or place(model, spec.exclude)
     adjusted = adjust_weights(model, placement, spec)
     return insert_qdq(adjusted, placement, spec.activations, half_scales=half_scales)
 
@@ -165,12 +173,12 @@ def insert_qdq(
     copy = model.clone()
     graph = copy.graph
     nodes = {node.name: node for node in graph}
-    skipped = dict(placement.skipped)
+    reasons = dict(placement.reasons)
     layers, weights = [], {}
     for layer in placement.layers:
         missing = [name for name in layer.activations if name not in activations]
         if missing:
-            skipped[layer.name] = f"the calibration table has no scale for {missing[0]!r}"
+            reasons[layer.name] = f"the calibration table has no scale for {missing[0]!r}"
             continue
         layers.append(layer)
         if layer.weight is not None:
@@ -179,11 +187,11 @@ def insert_qdq(
             )
     values = ir.convenience.create_value_mapping(graph)
     for name, qparams in activations.items():
-        readers = set(placement.tensors[name]) - set(skipped)
+        readers = set(placement.tensors[name]) - set(reasons)
         if readers:
             _pair(copy, values[name], qparams, readers)
     _remove_unused(copy)
-    return QdqModel(copy, tuple(layers), weights, skipped)
+    return QdqModel(copy, tuple(layers), weights, reasons)
 
 
 def _quantize_constants(
@@ -201,11 +209,9 @@ def _quantize_constants(
     base = f"{weight.name if weight else ''}"
     if weight is not None and len(list(weight.uses())) > 1:
         base = f"{base}:{layer.output}"
-    codes = initializer(model, f"{base}.int8", quantized.codes)
-    scale = initializer(model, f"{base}.scale", quantized.qparams.scale.numpy())
-    zero = initializer(
-        model, f"{base}.zero_point", np.zeros(quantized.qparams.scale.shape, dtype=np.int8)
-    )
+    codes = initializer(model, f"{base}.int8", quantized.values.numpy())
+    scale = initializer(model, f"{base}.scale", quantized.scale.numpy())
+    zero = initializer(model, f"{base}.zero_point", np.zeros(quantized.scale.shape, dtype=np.int8))
     attributes = {} if layer.weight_axis is None else {"axis": layer.weight_axis}
     dequantize = _node("DequantizeLinear", [codes, scale, zero], f"{base}.dq", attributes)
     dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
@@ -213,8 +219,10 @@ def _quantize_constants(
         dequantize.outputs[0].shape = weight.shape
     model.graph.insert_before(node, dequantize)
     node.replace_input_with(1, dequantize.outputs[0])
-    if bias is not None and quantized.bias is not None:
-        set_constant(model, node, 2, quantized.bias, f"{layer.output}.bias")
+    if quantized.bias is not None:
+        # a whole number of units, so that float and integer backends add the same
+        exact = bias_from_grid(quantized.bias, multiplier(source.scale, quantized.scale))
+        set_constant(model, node, 2, exact.numpy(), f"{layer.output}.bias")
     return quantized.qparams
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx, nn
@@ -20,23 +19,27 @@ from torch import fx, nn
 from octavo.core.errors import ExportError
 from octavo.export.equalization import clamp_bounds
 from octavo.export.integer_modules import FakeQuantize, IntegerAdd, IntegerLayer, IntegerMean
-from octavo.export.placement import QuantizedLayer, place
-from octavo.export.pooling import averages_pictures, scales_fit
+from octavo.export.placement import Placement, QuantizedLayer, place
+from octavo.export.pooling import averages_pictures
 from octavo.export.qdq import INTEGER_BIAS, QuantSpec, adjust_weights, layer_constants
 from octavo.export.torch_export import TorchExport
 from octavo.quant import QParams
+from octavo.quant.requantize import mean_fits
 from octavo.quant.weights import quantize_weight
 
 __all__ = ["simulate"]
 
 
-def simulate(exported: TorchExport, spec: QuantSpec) -> fx.GraphModule:
+def simulate(
+    exported: TorchExport, spec: QuantSpec, placement: Placement | None = None
+) -> fx.GraphModule:
     """Builds the quantized model as a module.
 
     Args:
         exported: the float module, from `export_torch`.
         spec: what calibration decided about its graph; for the integers of an engine for ONNX
             Runtime, what `unsigned_spec` makes of it.
+        placement: of its graph without what `spec` excludes, where it is known already.
 
     Returns:
         a module with the inputs and outputs of the original, on the CPU; its nodes are named as
@@ -45,7 +48,7 @@ def simulate(exported: TorchExport, spec: QuantSpec) -> fx.GraphModule:
     Raises:
         ExportError: a quantized layer has no counterpart in the exported program.
     """
-    placement = place(exported.model, spec.exclude)
+    placement = placement or place(exported.model, spec.exclude)
     model = adjust_weights(exported.model, placement, spec)
     module = exported.program.module()
     if not isinstance(module, fx.GraphModule):
@@ -102,25 +105,16 @@ class _Simulator:
         arguments = operation.args
         source = self.activations[layer.activations[0]]
         weight, bias = layer_constants(self.model.graph.node(layer.name), layer)
-        quantized = quantize_weight(
-            weight,
-            layer.weight_axis,
-            bias=bias if layer.op in INTEGER_BIAS else None,
-            input_scale=float(source.scale),
-        )
-        codes = torch.from_numpy(quantized.codes)
+        on_grid = float(source.scale) if layer.op in INTEGER_BIAS else None
+        quantized = quantize_weight(weight, layer.weight_axis, bias=bias, input_scale=on_grid)
         linear = operation.target is torch.ops.aten.linear.default
         if linear and (layer.op == "MatMul" or layer.weight_axis == 1):
-            codes = codes.T
-        if quantized.bias is not None:
-            bias = quantized.bias
+            quantized = quantized._replace(values=quantized.values.T)
         module = IntegerLayer(
             operator=operation.target,
             arguments=tuple(arguments[3:]),
             source=source,
-            codes=codes,
-            weight_scale=quantized.qparams.scale,
-            bias=None if bias is None else torch.from_numpy(np.array(bias, dtype=np.float32)),
+            weight=quantized,
             target=self._target(self.values[output.name]),
             channel_axis=1 if layer.op in ("Conv", "ConvTranspose") else -1,
         )
@@ -144,7 +138,7 @@ class _Simulator:
             return
         if {user.name for user, _ in node.outputs[0].uses()} != set(readers[names[1]]):
             return
-        if node.outputs[0].is_graph_output() or not scales_fit(
+        if node.outputs[0].is_graph_output() or not mean_fits(
             float(source.scale), float(target.scale)
         ):
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from octavo.core.errors import ExportError, InputError
-from octavo.export.onnx_model import TRANSPOSED, node_scopes, prepare, rename_axes
+from octavo.core.quiet import quiet
+from octavo.export.onnx_model import module_of, node_scopes, prepare, rename_axes
 
 __all__ = ["TorchExport", "export_torch", "module_ports", "torch_fingerprint"]
 
@@ -62,7 +62,7 @@ def export_torch(
     _check_arguments(module, args, kwargs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, _row_major, (args, kwargs))
     try:
-        with evaluation_mode(module), _contiguous(module), _quiet(), torch.no_grad():
+        with evaluation_mode(module), _contiguous(module), _without_remarks(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 args,
@@ -141,12 +141,11 @@ def module_ports(model: ir.Model) -> dict[str, str]:
         for value in node.inputs[1:]:
             if value is None or source is None or not value.is_initializer():
                 continue
-            name = (value.name or "").removesuffix(TRANSPOSED)
-            module, _, leaf = name.rpartition(".")
-            if leaf != "weight" or source.is_initializer():
+            module = module_of(value.name or "")
+            if module is None or source.is_initializer():
                 continue
             found.setdefault(f"{module}.input", set()).add(source.name or "")
-            call = (scopes[-1] if scopes else "", name)
+            call = (scopes[-1] if scopes else "", module)
             twice.update(scopes if call in calls else ())
             calls.add(call)
         for output in node.outputs:
@@ -226,17 +225,11 @@ def _name_batch_axis(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _without_remarks() -> Iterator[None]:
     """Silences the exporter's remarks about packages it could also have used."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings(), quiet("torch.onnx._internal.exporter._registration"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _export_message(module: nn.Module, error: Exception, dynamic_batch: bool) -> str:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from octavo.export.equalization import clamp_bounds
-from octavo.export.placement import AVERAGES, MOVES_DATA, place
+from octavo.export.placement import AVERAGES, MOVES_DATA, Placement, place
 from octavo.export.qdq import QuantSpec
 from octavo.quant import QTYPES, QParams
 from octavo.quant.affine import MIN_SCALE
@@ -24,7 +24,9 @@ __all__ = ["never_negative", "unsigned_spec"]
 NOT_NEGATIVE = frozenset({"Sigmoid", "HardSigmoid", "Softplus"})
 
 
-def unsigned_spec(model: ir.Model, spec: QuantSpec) -> QuantSpec:
+def unsigned_spec(
+    model: ir.Model, spec: QuantSpec, placement: Placement | None = None
+) -> QuantSpec:
     """A specification with unsigned codes where a tensor is never negative.
 
     Ranges stay as calibration chose them. Tensors that share a scale change together or not at
@@ -33,13 +35,14 @@ def unsigned_spec(model: ir.Model, spec: QuantSpec) -> QuantSpec:
     Args:
         model: the float graph.
         spec: what calibration decided; affine tensors are left as they are.
+        placement: of this graph without what `spec` excludes, where it is known already.
 
     Raises:
         InputError: an exclude pattern of the specification matches nothing.
     """
     positive = never_negative(model)
     changed = {name for name, q in spec.activations.items() if q.dtype.symmetric} & positive
-    for group in place(model, spec.exclude).groups:
+    for group in (placement or place(model, spec.exclude)).groups:
         if not changed.issuperset(name for name in group if name in spec.activations):
             changed.difference_update(group)
     activations = {

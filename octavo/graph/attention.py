@@ -11,14 +11,14 @@ from torch import nn
 
 from octavo.graph.select import Selector, check_selectors, selected
 from octavo.graph.transformers import (
-    TRANSFORMERS,
-    _why_not_projections,
-    _why_not_transformers,
+    ATTENTIONS,
     parts_of,
+    projections_reason,
+    transformers_reason,
 )
 from octavo.layers.attention.efficient import EfficientAttention, LinearAttention
 from octavo.layers.attention.linear import LinearMultiheadAttention, LinearSelfAttention
-from octavo.layers.attention.multihead import MultiheadAttention, why_not_taken_apart
+from octavo.layers.attention.multihead import MultiheadAttention, decompose_reason
 
 __all__ = [
     "AttentionChoice",
@@ -27,9 +27,9 @@ __all__ = [
     "attention_pairs",
     "attentions",
     "cross_attentions",
-    "linear_form",
+    "linear_reason",
+    "linearized",
     "plan_attention",
-    "why_not_linear",
 ]
 
 
@@ -69,7 +69,7 @@ def cross_attentions(model: nn.Module) -> set[int]:
     return {id(layer.multihead_attn) for layer in layers}
 
 
-def why_not_linear(module: nn.Module) -> str:
+def linear_reason(module: nn.Module) -> str:
     """Why an attention has to stay, or nothing."""
     if isinstance(module, (LinearAttention, LinearMultiheadAttention, LinearSelfAttention)):
         return "is linear already"
@@ -78,13 +78,13 @@ def why_not_linear(module: nn.Module) -> str:
     if _is_hooked(module):
         return "hooks are attached to it or its forward is replaced, which would be lost"
     if isinstance(module, nn.MultiheadAttention):
-        return why_not_taken_apart(module) or _why_not_projections([module.out_proj])
+        return decompose_reason(module) or projections_reason([module.out_proj])
     if isinstance(module, EfficientAttention):
         if type(module) is not EfficientAttention:
             return f"{type(module).__name__} may compute something else than EfficientAttention"
-        return _why_not_projections([module.qkv, module.proj])
+        return projections_reason([module.qkv, module.proj])
     parts = parts_of(module)
-    return _why_not_known(module) if parts is None else _why_not_transformers(module, parts)
+    return _known_reason(module) if parts is None else transformers_reason(module, parts)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -100,7 +100,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(strange) or "forward" in module.__dict__
 
 
-def _why_not_known(module: nn.Module) -> str:
+def _known_reason(module: nn.Module) -> str:
     """Why an attention of a class that nothing here knows stays."""
     kind = type(module).__name__
     if "cross" in kind.lower() or getattr(module, "is_cross_attention", False):
@@ -202,14 +202,12 @@ def plan_attention(
         elif id(module) in crossing:
             reason = "cross attention, and only self-attention becomes linear"
         else:
-            reason = why_not_linear(module)
+            reason = linear_reason(module)
         choices.append(AttentionChoice(name, module, reason))
     return choices
 
 
-def linear_form(
-    module: nn.Module, *, causal: bool = False, feature_map: str = "elu+1"
-) -> nn.Module:
+def linearized(module: nn.Module, *, causal: bool = False, feature_map: str = "elu+1") -> nn.Module:
     """Makes what takes the place of an attention, with copies of its weights.
 
     Args:
@@ -230,7 +228,7 @@ def linear_form(
         attention = _linear(qkv, proj, module.num_heads, causal, feature_map)
         new = LinearMultiheadAttention(attention, batch_first=module.batch_first)
     else:
-        parts = TRANSFORMERS[type(module).__name__]
+        parts = ATTENTIONS[type(module).__name__]
         causal = causal or bool(getattr(module, "is_causal", False))
         qkv = _stacked([getattr(module, name) for name in parts.qkv])
         out = _stacked([getattr(module, parts.out)]) if parts.out else nn.Identity()

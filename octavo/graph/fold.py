@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from octavo.graph.fusible import Branch
+from octavo.graph.fusible import Term
 
 __all__ = ["fold", "fold_norm", "offset_in"]
 
@@ -48,22 +48,22 @@ def fold_norm(
     return _double(weight) * factor[:, None, None, None], folded
 
 
-def fold(branches: Sequence[Branch]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of the sum of branches, rounded once to the dtype of the first weight.
+def fold(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the sum of terms, rounded once to the dtype of the first weight.
 
     Args:
-        branches: the first one a convolution, in whose kernel the others fit.
+        terms: the first one a convolution, in whose kernel the others fit.
 
     Returns:
-        weight [N, C / groups, kh, kw] in its memory format, and bias [N], or None where no branch
+        weight [N, C / groups, kh, kw] in its memory format, and bias [N], or None where no term
         has one.
     """
-    main = branches[0].conv
-    assert main is not None  # noqa: S101 - a unit starts with its convolution
+    main = terms[0].conv
+    assert main is not None  # noqa: S101 - a group starts with its convolution
     weight, bias = torch.zeros(main.weight.shape, dtype=torch.float64), None
-    for branch in branches:
-        part, shift = _folded(branch, main.weight)
-        offset = offset_in(branches[0], branch)
+    for term in terms:
+        part, shift = _folded(term, main.weight)
+        offset = offset_in(terms[0], term)
         assert offset is not None  # noqa: S101 - `parallel` has asked
         (top, left), (height, width) = offset, part.shape[2:]
         room = weight.shape[2] - top - height, weight.shape[3] - left - width
@@ -74,8 +74,8 @@ def fold(branches: Sequence[Branch]) -> tuple[torch.Tensor, torch.Tensor | None]
     return weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
 
 
-def _folded(branch: Branch, main: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    conv, norm = branch.conv, branch.norm
+def _folded(term: Term, main: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    conv, norm = term.conv, term.norm
     if conv is None:
         weight, bias = _identity(main), None
     else:
@@ -94,12 +94,12 @@ def _identity(main: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def offset_in(main: Branch, branch: Branch) -> tuple[int, int] | None:
-    """Row and column of the main kernel at which a branch's begins; None if it does not fit."""
+def offset_in(main: Term, term: Term) -> tuple[int, int] | None:
+    """Row and column of the main kernel at which a term's begins; None if it does not fit."""
     conv = main.conv
     if conv is None:
         return None
-    kernel, other = conv.weight.shape[2:], branch.conv
+    kernel, other = conv.weight.shape[2:], term.conv
     if other is None:
         inputs = conv.weight.shape[1] * conv.groups
         if conv.stride != (1, 1) or inputs != conv.weight.shape[0]:
@@ -110,10 +110,10 @@ def offset_in(main: Branch, branch: Branch) -> tuple[int, int] | None:
         same = other.stride == conv.stride and other.groups == conv.groups
         if not same or other.weight.shape[:2] != conv.weight.shape[:2]:
             return None
-        steps = zip(size, other.dilation, conv.dilation, strict=True)
-        if any(taps > 1 and one != two for taps, one, two in steps):
+        operations = zip(size, other.dilation, conv.dilation, strict=True)
+        if any(taps > 1 and one != two for taps, one, two in operations):
             return None
-    left, right, top, bottom = (p - q for p, q in zip(main.padding, branch.padding, strict=True))
+    left, right, top, bottom = (p - q for p, q in zip(main.padding, term.padding, strict=True))
     rows = _offset(kernel[0], size[0], conv.dilation[0], top, bottom)
     columns = _offset(kernel[1], size[1], conv.dilation[1], left, right)
     return None if rows is None or columns is None else (rows, columns)

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from octavo.core.errors import InputError, UnsupportedError
-from octavo.core.fusions import FuseSummary, Fusion, NearMiss
-from octavo.graph.fusible import Pair
+from octavo.core.fusions import FuseSummary, Fusion, Unfused
+from octavo.graph.fusible import SeparableGroup
 from octavo.graph.patterns import Found, find, find_parallel
 from octavo.graph.record import recorded, sequential
 from octavo.graph.replace import drop_nothing, rewrite_graph, rewrite_modules
@@ -71,15 +71,15 @@ def fuse_model(model: nn.Module, example_inputs: Any = None) -> tuple[nn.Module,
     notes: list[str] = []
     result = _by_graph(model, example, notes) or _by_modules(model, example)
     found = result.found
-    missed = list(_unseen(model, result))
+    unfused = list(_unseen(model, result))
     summary = FuseSummary(
         result.method,
         tuple(notes),
         tuple(Fusion(one.name, one.pattern, one.layers, one.convolutions) for one in found.layers),
-        (*found.misses, *missed),
-        found.convolutions + (len(missed) if result.method == "nn.Sequential" else 0),
+        (*found.unfused, *unfused),
+        found.convolutions + (len(unfused) if result.method == "nn.Sequential" else 0),
         found.depthwise,
-        sum(isinstance(one, Pair) for one in found.layers),
+        sum(isinstance(one, SeparableGroup) for one in found.layers),
         _error(model, result.model, example),
     )
     result.model.octavo_summary = summary  # type: ignore[assignment] # a plain attribute
@@ -102,10 +102,10 @@ def merge_parallel(
     graph = _graph(model, _example(example_inputs), [])
     if graph is None:
         return model, {}
-    units = find_parallel(graph[0].graph, graph[0])
-    if not units:
+    groups = find_parallel(graph[0].graph, graph[0])
+    if not groups:
         return model, {}
-    return rewrite_graph(graph[0], units), {unit.name: unit.layers for unit in units}
+    return rewrite_graph(graph[0], groups), {group.name: group.layers for group in groups}
 
 
 def _check(model: nn.Module) -> None:
@@ -188,7 +188,7 @@ def _calls(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
-def _unseen(model: nn.Module, result: _Result) -> Iterator[NearMiss]:
+def _unseen(model: nn.Module, result: _Result) -> Iterator[Unfused]:
     """Convolutions that are not in the graph."""
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -205,7 +205,7 @@ def _unseen(model: nn.Module, result: _Result) -> Iterator[NearMiss]:
                 reason = "code that cannot be followed calls it; give example_inputs"
             else:
                 reason = "the model does not call it"
-            yield NearMiss(names[0], "convolution", reason)
+            yield Unfused(names[0], "convolution", reason)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from torch import fx
 from octavo.graph.nodes import Conv, Norm
 from octavo.kernels.common.convolution import Sides
 
-__all__ = ["Branch", "Pair", "Unit", "in_order"]
+__all__ = ["FusionGroup", "SeparableGroup", "Term", "in_order"]
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class Term:
     """A convolution and its BatchNorm; without a convolution, a BatchNorm of the input itself.
 
     Attributes:
@@ -29,22 +29,22 @@ class Branch:
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
-    """A convolution to be: final(activation(sum of branches(x)) + residual).
+class FusionGroup:
+    """A convolution to be: final(activation(sum of terms(x)) + residual).
 
     Attributes:
         conv: that gives the stride, the padding, the groups and the name.
         x: the input.
-        branches: parallel convolutions, `conv`'s first.
+        terms: parallel convolutions, `conv`'s first.
         nodes: all that it stands for, in the order of the graph; the last gives the result.
-        activation: of the sum of the branches.
+        activation: of the sum of the terms.
         residual: what is added then.
         final: activation of that sum.
     """
 
     conv: Conv
     x: fx.Node
-    branches: tuple[Branch, ...]
+    terms: tuple[Term, ...]
     nodes: tuple[fx.Node, ...]
     activation: str = "none"
     residual: fx.Node | None = None
@@ -63,7 +63,7 @@ class Unit:
     @property
     def padding(self) -> Sides:
         """Of the input."""
-        return self.branches[0].padding
+        return self.terms[0].padding
 
     @property
     def depthwise(self) -> bool:
@@ -86,17 +86,17 @@ class Unit:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that it stands for."""
         names = {node: str(node.target) for node in self.nodes if node.op == "call_module"}
-        for branch in self.branches:
-            names |= {step.node: step.name for step in (branch.conv, branch.norm) if step}
+        for term in self.terms:
+            names |= {one.node: one.name for one in (term.conv, term.norm) if one}
         return tuple(dict.fromkeys(names[node] for node in self.nodes if node in names))
 
     @property
     def pattern(self) -> str:
         """What it computes, in words."""
         kind = "depthwise" if self.depthwise else "pointwise" if self.pointwise else "convolution"
-        parts = [kind + (" + BN" if self.branches[0].norm else "")]
-        if len(self.branches) > 1:
-            parts = [f"{len(self.branches)} parallel convolutions"]
+        parts = [kind + (" + BN" if self.terms[0].norm else "")]
+        if len(self.terms) > 1:
+            parts = [f"{len(self.terms)} parallel convolutions"]
         if self.activation != "none":
             parts.append(self.activation)
         if self.residual is not None:
@@ -108,7 +108,7 @@ class Unit:
     @property
     def convolutions(self) -> int:
         """How many convolutions of the model it stands for."""
-        return sum(branch.conv is not None for branch in self.branches)
+        return sum(term.conv is not None for term in self.terms)
 
     @property
     def worthwhile(self) -> bool:
@@ -117,11 +117,11 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class SeparableGroup:
     """A depthwise convolution and the pointwise one that alone reads it."""
 
-    depthwise: Unit
-    pointwise: Unit
+    depthwise: FusionGroup
+    pointwise: FusionGroup
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:

@@ -19,9 +19,9 @@ __all__ = [
     "Add",
     "Conv",
     "Norm",
+    "Operation",
     "Pad",
-    "Refusal",
-    "Step",
+    "Unsupported",
     "asks_size",
     "is_nothing",
     "read",
@@ -106,8 +106,8 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
-class Refusal:
-    """Something that would be a step, were it not for the reason."""
+class Unsupported:
+    """Something that would be an operation, were it not for the reason."""
 
     node: fx.Node
     kind: str
@@ -115,7 +115,7 @@ class Refusal:
     reason: str
 
 
-Step: TypeAlias = "Conv | Norm | Pad | Add | Refusal"
+Operation: TypeAlias = "Conv | Norm | Pad | Add | Unsupported"
 
 _CONV = ("x", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORM = ("x", "mean", "var", "weight", "bias", "training", "momentum", "eps")
@@ -144,8 +144,8 @@ DROPOUTS = (
 SIZES = frozenset({"size", "dim", aten.sym_size.int})
 
 
-def read(node: fx.Node, root: nn.Module) -> Step | None:
-    """The step that a node computes; None for any other node.
+def read(node: fx.Node, root: nn.Module) -> Operation | None:
+    """The operation that a node computes; None for any other node.
 
     Args:
         node: of a graph over `root`.
@@ -196,11 +196,11 @@ def asks_size(node: fx.Node, known: Collection[fx.Node]) -> bool:
     return bool(node.all_input_nodes) and all(one in known for one in node.all_input_nodes)
 
 
-def _conv_module(node: fx.Node, module: nn.Conv2d) -> Step:
+def _conv_module(node: fx.Node, module: nn.Conv2d) -> Operation:
     name = str(node.target)
 
-    def refused(reason: str) -> Refusal:
-        return Refusal(node, "convolution", name, reason)
+    def refused(reason: str) -> Unsupported:
+        return Unsupported(node, "convolution", name, reason)
 
     if has_hooks(module):
         return refused("it has hooks, which would no longer run")
@@ -228,39 +228,39 @@ def _conv_module(node: fx.Node, module: nn.Conv2d) -> Step:
     )
 
 
-def _unsupported_conv(node: fx.Node, module: nn.Module) -> Step:
+def _unsupported_conv(node: fx.Node, module: nn.Module) -> Operation:
     kind = type(module).__name__
-    return Refusal(node, "convolution", str(node.target), f"Octavo fuses Conv2d, not {kind}")
+    return Unsupported(node, "convolution", str(node.target), f"Octavo fuses Conv2d, not {kind}")
 
 
-def _norm_module(node: fx.Node, module: nn.Module) -> Step:
+def _norm_module(node: fx.Node, module: nn.Module) -> Operation:
     name = str(node.target)
     if has_hooks(module):
-        return Refusal(node, "BatchNorm", name, "it has hooks, which would no longer run")
+        return Unsupported(node, "BatchNorm", name, "it has hooks, which would no longer run")
     if type(module).forward not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         reason = f"{type(module).__name__} computes something of its own in forward"
-        return Refusal(node, "BatchNorm", name, reason)
+        return Unsupported(node, "BatchNorm", name, reason)
     if module.training:
-        return Refusal(node, "BatchNorm", name, "it is in training mode; call .eval()")
+        return Unsupported(node, "BatchNorm", name, "it is in training mode; call .eval()")
     mean, var = module.running_mean, module.running_var
     if not isinstance(mean, torch.Tensor) or not isinstance(var, torch.Tensor):
         reason = "it has no running statistics, so it uses those of each batch"
-        return Refusal(node, "BatchNorm", name, reason)
+        return Unsupported(node, "BatchNorm", name, reason)
     x = _only_input(node)
     if x is None:
-        return Refusal(node, "BatchNorm", name, "it is not called with one tensor")
+        return Unsupported(node, "BatchNorm", name, "it is not called with one tensor")
     weight, bias, eps = module.weight, module.bias, module.eps
     return Norm(node, x, name, mean, var, weight, bias, float(eps))  # type: ignore[arg-type]
 
 
-def _pad_module(node: fx.Node, module: nn.Module) -> Step | None:
+def _pad_module(node: fx.Node, module: nn.Module) -> Operation | None:
     if has_hooks(module) or getattr(module, "value", 0) != 0:
         return None
     x, padding = _only_input(node), _image_padding(module.padding)
     return None if x is None or padding is None else Pad(node, x, padding)
 
 
-_MODULES: Mapping[type[nn.Module], Callable[[fx.Node, Any], Step | None]] = {
+_MODULES: Mapping[type[nn.Module], Callable[[fx.Node, Any], Operation | None]] = {
     nn.Conv2d: _conv_module,
     nn.Conv1d: _unsupported_conv,
     nn.Conv3d: _unsupported_conv,
@@ -269,29 +269,29 @@ _MODULES: Mapping[type[nn.Module], Callable[[fx.Node, Any], Step | None]] = {
 }
 
 
-def _conv_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Step | None:
+def _conv_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Operation | None:
     weight, bias = (_constant(given.get(key), root) for key in ("weight", "bias"))
     x, name = given.get("x"), _owner(given.get("weight"), node)
     if weight is None or (bias is None and given.get("bias") is not None):
-        return Refusal(node, "convolution", name, "its weight is computed, not constant")
+        return Unsupported(node, "convolution", name, "its weight is computed, not constant")
     stride, dilation, groups = (given.get(key, 1) for key in ("stride", "dilation", "groups"))
     padding = given.get("padding", 0)
     numbers = [stride, dilation, groups, padding]
     if not isinstance(x, fx.Node) or any(_holds_node(value) for value in numbers):
-        return Refusal(node, "convolution", name, "its arguments are computed, not constant")
-    steps = both(dilation)
-    around = as_sides(padding, weight.shape[2:], steps)
-    return Conv(node, x, name, weight, bias, both(stride), around, steps, groups)
+        return Unsupported(node, "convolution", name, "its arguments are computed, not constant")
+    spread = both(dilation)
+    around = as_sides(padding, weight.shape[2:], spread)
+    return Conv(node, x, name, weight, bias, both(stride), around, spread, groups)
 
 
-def _norm_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Step | None:
+def _norm_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Operation | None:
     name = _owner(given.get("mean") or given.get("weight"), node)
     if given.get("training", False) is not False:
-        return Refusal(node, "BatchNorm", name, "it is in training mode; call .eval()")
+        return Unsupported(node, "BatchNorm", name, "it is in training mode; call .eval()")
     tensors = {key: _constant(given.get(key), root) for key in ("mean", "var", "weight", "bias")}
     for key, value in tensors.items():
         if value is None and (given.get(key) is not None or key in ("mean", "var")):
-            return Refusal(node, "BatchNorm", name, f"its {key} is computed, not constant")
+            return Unsupported(node, "BatchNorm", name, f"its {key} is computed, not constant")
     mean, var = tensors["mean"], tensors["var"]
     x, eps = given.get("x"), given.get("eps", 1e-5)
     if not isinstance(x, fx.Node) or mean is None or var is None:
@@ -299,18 +299,18 @@ def _norm_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Ste
     return Norm(node, x, name, mean, var, tensors["weight"], tensors["bias"], float(eps))
 
 
-def _pad_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Step | None:  # noqa: ARG001
+def _pad_function(node: fx.Node, given: dict[str, Any], root: nn.Module) -> Operation | None:  # noqa: ARG001
     x, value = given.get("x"), given.get("value")
     if given.get("mode", "constant") != "constant" or value not in (None, 0):
         return None
     if _holds_node(given.get("padding")):
         reason = "its amount is computed from the size of the input"
-        return Refusal(node, "padding", node.name, reason)
+        return Unsupported(node, "padding", node.name, reason)
     padding = _image_padding(given.get("padding"))
     return Pad(node, x, padding) if isinstance(x, fx.Node) and padding else None
 
 
-_FUNCTIONS: Mapping[Any, tuple[tuple[str, ...], Callable[..., Step | None]]] = {
+_FUNCTIONS: Mapping[Any, tuple[tuple[str, ...], Callable[..., Operation | None]]] = {
     functional.conv2d: (_CONV, _conv_function),
     aten.conv2d.default: (_CONV, _conv_function),
     aten.conv2d.padding: (_CONV, _conv_function),
@@ -328,7 +328,7 @@ _ARGUMENTS = {
     "running_var": "var",
     "pad": "padding",
 }
-"""Keyword as torch calls it -> as the steps do."""
+"""Keyword as torch calls it -> as the operations do."""
 
 
 def _bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:

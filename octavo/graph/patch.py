@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from octavo.layers.attention.multihead import MultiheadAttention, why_not_taken_apart
+from octavo.layers.attention.multihead import MultiheadAttention, decompose_reason
 
-__all__ = ["Edits", "places", "take_apart"]
+__all__ = ["Patch", "decompose", "parents"]
 
 
-class Edits:
+class Patch:
     """Changes to modules, and how to take each of them back."""
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Edits:
         """Takes note of a hook that was put on a module."""
         self._back.append(handle.remove)
 
-    def undo(self) -> None:
+    def rollback(self) -> None:
         """Puts everything back, the last change first."""
         while self._back:
             self._back.pop()()
 
 
-def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def parents(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every parent that holds a module, and under which name."""
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -46,7 +46,7 @@ def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str
                 yield parent, name
 
 
-def take_apart(model: nn.Module, edits: Edits) -> dict[str, str]:
+def decompose(model: nn.Module, patch: Patch) -> dict[str, str]:
     """Puts `MultiheadAttention` in the place of each nn.MultiheadAttention that allows it.
 
     Returns:
@@ -56,11 +56,11 @@ def take_apart(model: nn.Module, edits: Edits) -> dict[str, str]:
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.MultiheadAttention):
             continue
-        reason = why_not_taken_apart(module) if name else "it is the model itself"
+        reason = decompose_reason(module) if name else "it is the model itself"
         if reason:
             refused[name] = reason
             continue
         new = MultiheadAttention(module)
-        for parent, attribute in list(places(model, module)):
-            edits.set(parent, attribute, new)
+        for parent, attribute in list(parents(model, module)):
+            patch.set(parent, attribute, new)
     return refused

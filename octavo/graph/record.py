@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from octavo.core.hooks import has_hooks
-from octavo.graph.patch import places
+from octavo.graph.patch import parents
 
 __all__ = ["recorded", "sequential"]
 
@@ -97,7 +97,7 @@ def _chain(graph: fx.Graph, model: nn.Module, name: str, chain: nn.Module, x: fx
             continue
         if _is_chain(child):
             x = _chain(graph, model, path, child, x)
-        elif len(list(places(model, child))) > 1:
+        elif len(list(parents(model, child))) > 1:
             x = graph.call_function(something_else, (x,))
         else:
             x = graph.call_module(path, (x,))

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from octavo.graph.fold import fold
-from octavo.graph.fusible import Pair, Unit
+from octavo.graph.fusible import FusionGroup, SeparableGroup
 from octavo.graph.nodes import asks_size, is_nothing
-from octavo.graph.patch import places
+from octavo.graph.patch import parents
 from octavo.graph.trace import FusedModel, in_evaluation
 from octavo.layers.convolution.fused import FusedConv2d, FusedSeparableConv2d
 
@@ -37,7 +37,7 @@ def drop_nothing(graph: fx.Graph, root: nn.Module) -> None:
             graph.erase_node(node)
 
 
-def rewrite_graph(model: FusedModel, layers: Sequence[Unit | Pair]) -> FusedModel:
+def rewrite_graph(model: FusedModel, layers: Sequence[FusionGroup | SeparableGroup]) -> FusedModel:
     """Puts layers where the last of their nodes was.
 
     Args:
@@ -52,7 +52,7 @@ def rewrite_graph(model: FusedModel, layers: Sequence[Unit | Pair]) -> FusedMode
     names = _names(graph, layers)
     for layer, name in zip(layers, names, strict=True):
         model.add_submodule(name, make(layer, channels_last=True))
-    for layer, name in sorted(zip(layers, names, strict=True), key=lambda pair: pair[0].out):
+    for layer, name in sorted(zip(layers, names, strict=True), key=lambda one: one[0].out):
         with graph.inserting_before(layer.out):
             node = graph.call_module(name, tuple(now.get(one, one) for one in layer.reads))
         layer.out.replace_all_uses_with(node)
@@ -79,7 +79,7 @@ def _copied(model: FusedModel) -> nn.Module:
     return copy.deepcopy(held)
 
 
-def rewrite_modules(model: nn.Module, layers: Sequence[Unit | Pair]) -> None:
+def rewrite_modules(model: nn.Module, layers: Sequence[FusionGroup | SeparableGroup]) -> None:
     """Puts layers where their convolution was, and identities where the others were.
 
     Args:
@@ -89,11 +89,11 @@ def rewrite_modules(model: nn.Module, layers: Sequence[Unit | Pair]) -> None:
     for layer in layers:
         for name in (str(node.target) for node in layer.nodes):
             new = make(layer, channels_last=False) if name == layer.name else nn.Identity()
-            for parent, attribute in list(places(model, model.get_submodule(name))):
+            for parent, attribute in list(parents(model, model.get_submodule(name))):
                 setattr(parent, attribute, new.eval())
 
 
-def _names(graph: fx.Graph, layers: Sequence[Unit | Pair]) -> list[str]:
+def _names(graph: fx.Graph, layers: Sequence[FusionGroup | SeparableGroup]) -> list[str]:
     """A name in the model for each layer: that of its convolution where nothing else needs it."""
     gone = {node for layer in layers for node in layer.nodes}
     kept = {
@@ -130,14 +130,16 @@ def _reshape_views(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
-def make(found: Unit | Pair, *, channels_last: bool) -> FusedConv2d | FusedSeparableConv2d:
+def make(
+    found: FusionGroup | SeparableGroup, *, channels_last: bool
+) -> FusedConv2d | FusedSeparableConv2d:
     """The layer, with weights of its own.
 
     Args:
         found: what it stands for.
         channels_last: see `FusedConv2d`.
     """
-    if isinstance(found, Pair):
+    if isinstance(found, SeparableGroup):
         return FusedSeparableConv2d(
             _convolution(found.depthwise, channels_last),
             _convolution(found.pointwise, channels_last),
@@ -146,25 +148,25 @@ def make(found: Unit | Pair, *, channels_last: bool) -> FusedConv2d | FusedSepar
 
 
 @torch.no_grad()
-def _convolution(unit: Unit, channels_last: bool) -> FusedConv2d:
-    weight, bias = fold(unit.branches)
-    conv = unit.conv
+def _convolution(group: FusionGroup, channels_last: bool) -> FusedConv2d:
+    weight, bias = fold(group.terms)
+    conv = group.conv
     layer = FusedConv2d(
         weight.shape[1] * conv.groups,
         weight.shape[0],
         (weight.shape[2], weight.shape[3]),
         stride=conv.stride,
-        padding=unit.padding,
+        padding=group.padding,
         dilation=conv.dilation,
         groups=conv.groups,
         bias=bias is not None,
-        activation=unit.activation,
-        final_activation=unit.final,
+        activation=group.activation,
+        final_activation=group.final,
         channels_last=channels_last,
         device="meta",
         dtype=weight.dtype,
     )
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-    layer.sources = unit.layers
+    layer.sources = group.layers
     return layer.eval()

@@ -1,9 +1,9 @@
-"""What turns one fused layer into an INT8 layer: the codes around it, and its weights."""
+"""What turns one fused layer into an INT8 layer: how the tensors around it are quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,63 +11,53 @@ from torch import nn
 
 from octavo.core.hooks import has_hooks
 from octavo.layers.convolution.fused import FusedConv2d, FusedSeparableConv2d
-from octavo.layers.convolution.int8 import Int8Conv2d, signed
+from octavo.layers.convolution.int8 import Int8Conv2d
 from octavo.layers.linear.int8 import Int8Linear
 from octavo.quant import QParams
+from octavo.quant.requantize import signed
+from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["Form", "Weights", "int8_layer", "names_in", "parts_of"]
+__all__ = ["LayerQParams", "int8_layer", "names_in", "parts_of"]
 
 PLACES = ("x", "y", "total")
 
 
 @dataclass(frozen=True)
-class Form:
-    """The codes around one layer of the float model, int8 or uint8.
+class LayerQParams:
+    """How the tensors around one layer of the float model are quantized, int8 or uint8.
 
     Attributes:
         x: of its input.
-        y: of its result after the activation; None where nothing is known to read it as codes.
+        y: of its result after the activation; None where
+            nothing is known to read it quantized.
         total: of the sum of that and a residual; None likewise.
         bias: whether the layer adds one.
+        weight: as the layer computes with it; None where it is still to be loaded.
     """
 
     x: QParams
     y: QParams | None = None
     total: QParams | None = None
     bias: bool = True
+    weight: QuantizedWeight | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The form as JSON can hold it."""
+        """The parameters as JSON can hold them."""
         return {"bias": self.bias, **{name: _numbers(getattr(self, name)) for name in PLACES}}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Form:
-        """The form that `to_json` wrote.
+    def from_json(cls, data: Mapping[str, Any]) -> LayerQParams:
+        """What `to_json` wrote.
 
         Raises:
             KeyError: a part is missing.
             TypeError: a part is of another kind.
-            OctavoError: numbers that are no parameters of codes.
+            OctavoError: numbers that are no quantization parameters.
         """
         x, y, total = (_qparams(data[name]) for name in PLACES)
         if x is None or not isinstance(data["bias"], bool):
             raise TypeError("x or bias is missing")
         return cls(x, y, total, data["bias"])
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What one layer computes with.
-
-    Attributes:
-        codes: int8 [N, C / groups, kh, kw], or [N, K].
-        scale: float32 [N].
-        bias: of a convolution int32 [N] in steps of its sums, of a Linear float32 [N]; or None.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
 
 
 def parts_of(layer: nn.Module) -> tuple[Any, ...]:
@@ -83,10 +73,10 @@ def names_in(layer: nn.Module, path: str, known: Collection[str]) -> list[str]:
     Args:
         layer: of a fused model.
         path: its own name there.
-        known: names of the convolutions and Linears that have forms.
+        known: names of the convolutions and Linears that are quantized.
 
     Returns:
-        a name for each of its parts; none where a part has no form, or it is another layer.
+        a name for each of its parts; none where a part is not quantized, or it is another layer.
     """
     if isinstance(layer, (FusedConv2d, FusedSeparableConv2d)):
         candidates = [part.sources for part in parts_of(layer)]
@@ -99,24 +89,26 @@ def names_in(layer: nn.Module, path: str, known: Collection[str]) -> list[str]:
 
 
 def int8_layer(
-    part: Any, form: Form, out: QParams | None, own: Weights | None, like: torch.Tensor
+    part: Any,
+    qparams: LayerQParams,
+    out: QParams | None,
+    floats: torch.Tensor,
 ) -> Int8Linear | Int8Conv2d:
     """The INT8 layer in the place of a float one; a convolution takes codes.
 
     Args:
         part: a convolution, fused or plain, or a Linear.
-        form: the codes around it.
-        out: the codes of its result; None for floats.
-        own: its weights; None where they are still to be loaded.
-        like: a tensor of the device that the layer lives on, and of the dtype of float results.
+        qparams: of the quantized values around it.
+        out: how its result is quantized; None for floats.
+        floats: of the device that the layer lives on, and of the dtype of float results.
     """
     layer: Int8Linear | Int8Conv2d
-    scale, zero_point = signed(form.x)
+    scale, zero_point = signed(qparams.x)
     common: dict[str, Any] = {
         "zero_point": zero_point,
-        "bias": form.bias or zero_point != 0,
-        "device": like.device,
-        "dtype": like.dtype,
+        "bias": qparams.bias or zero_point != 0,
+        "device": floats.device,
+        "dtype": floats.dtype,
     }
     if isinstance(part, nn.Linear):
         layer = Int8Linear(part.in_features, part.out_features, static=True, **common)
@@ -139,8 +131,8 @@ def int8_layer(
             layer.output_scale.copy_(out.scale)
     if layer.input_scale is not None:
         layer.input_scale.copy_(scale)
-    if own is not None:
-        layer.set_weights(own.codes, own.scale, own.bias)
+    if qparams.weight is not None:
+        layer.set_weight(qparams.weight.to(floats.device))
     return layer
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from octavo.core.hooks import has_hooks
+from octavo.core.quiet import quiet
 from octavo.graph.activations import is_activation
 from octavo.layers.convolution.fused import FusedConv2d, FusedSeparableConv2d
 from octavo.layers.module import QuantizedModule
@@ -34,17 +33,17 @@ class FusedModel(fx.GraphModule):
 
     Attributes:
         octavo_summary: what was fused in it; copies have it too.
-        octavo_forms: the codes around its INT8 layers, see `int8_graph`; None if it has none.
+        octavo_qparams: the codes around its INT8 layers, see `int8_graph`; None if it has none.
     """
 
     octavo_summary: Any = None
-    octavo_forms: Mapping[str, Any] | None = None
+    octavo_qparams: Mapping[str, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedModel:
         """A copy of the modules and the graph."""
         result = super().__deepcopy__(memo)
         assert isinstance(result, FusedModel)  # noqa: S101 - it is of the same class
-        result.octavo_summary, result.octavo_forms = self.octavo_summary, self.octavo_forms
+        result.octavo_summary, result.octavo_qparams = self.octavo_summary, self.octavo_qparams
         return result
 
 
@@ -112,7 +111,7 @@ def exported(
     Raises:
         Exception: whatever torch.export raises.
     """
-    with _quiet():
+    with quiet("torch.fx.experimental.symbolic_shapes"):
         program = _export_for_any_batch(model, args, dict(kwargs))
         any_batch = program is not None
         if program is None:
@@ -127,17 +126,6 @@ def in_evaluation(model: FusedModel) -> FusedModel:
         if module is model or type(module) is nn.Module:
             module.training = False
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch.export from logging what its exception says too."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _export_for_any_batch(

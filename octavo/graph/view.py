@@ -1,4 +1,4 @@
-"""A graph as the patterns see it: steps, readers, and what writes into memory."""
+"""A graph as the patterns see it: operations, readers, and what writes into memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx, nn
 
-from octavo.core.fusions import NearMiss
-from octavo.graph.nodes import Conv, Norm, Step, read
+from octavo.core.fusions import Unfused
+from octavo.graph.nodes import Conv, Norm, Operation, read
 
-__all__ = ["Scene"]
+__all__ = ["GraphView"]
 
 MOVES = ("permute", "transpose", "movedim", "contiguous")
 WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
-class Scene:
+class GraphView:
     """A graph, and notes on what was nearly found in it.
 
     Args:
@@ -27,24 +27,24 @@ class Scene:
     Attributes:
         graph: as given.
         root: as given.
-        steps: what the nodes compute, for those that are steps.
-        misses: in the order in which they were found.
+        operations: what the nodes compute, for those that are operations.
+        unfused: in the order in which they were found.
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
-        self.steps: dict[fx.Node, Step] = {}
+        self.operations: dict[fx.Node, Operation] = {}
         for node in graph.nodes:
-            step = read(node, root)
-            if step is not None:
-                self.steps[node] = step
-        self.misses: list[NearMiss] = []
+            operation = read(node, root)
+            if operation is not None:
+                self.operations[node] = operation
+        self.unfused: list[Unfused] = []
 
-    def miss(self, name: str, kind: str, reason: str) -> None:
+    def leave(self, name: str, kind: str, reason: str) -> None:
         """Takes note of a layer that stays."""
-        found = NearMiss(name, kind, reason)
-        if found not in self.misses:
-            self.misses.append(found)
+        found = Unfused(name, kind, reason)
+        if found not in self.unfused:
+            self.unfused.append(found)
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """The only node that reads this one."""
@@ -106,7 +106,7 @@ class Scene:
         """The first node whose memory this one may share."""
         while (
             node.op.startswith("call")
-            and not isinstance(self.steps.get(node), (Conv, Norm))
+            and not isinstance(self.operations.get(node), (Conv, Norm))
             and node.args
             and isinstance(node.args[0], fx.Node)
         ):

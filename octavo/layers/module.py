@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo.core.models import outside_inference_mode
+from octavo.kernels.native.library import Library
+
 __all__ = ["QuantizedModule"]
 
 _Moves = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -26,15 +29,20 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         float32: names of the buffers that stay float32.
+        record: names of the buffers of its quantized weight: values, scale and zero point.
+        libraries: the C that it computes with on a CPU.
     """
 
     float32: tuple[str, ...] = ()
+    record: tuple[str, ...] = ("weight", "weight_scale", "zero_point")
+    libraries: tuple[Library, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """Arguments that make a module of the same form, as JSON can hold them."""
         names = list(inspect.signature(type(self)).parameters)
         return {name: getattr(self, name) for name in names if name not in ("device", "dtype")}
 
+    @outside_inference_mode()
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         if recurse:
             for child in self.children():

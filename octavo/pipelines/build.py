@@ -12,10 +12,10 @@ import numpy as np
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
 from octavo.calibration.collect import with_outputs
+from octavo.calibration.placed import Placed
 from octavo.calibration.sources import (
     ModelLike,
     ModelSource,
-    calibrate_source,
     first_batch,
     is_batches,
     resolve_model,
@@ -38,14 +38,14 @@ from octavo.engines import (
 )
 from octavo.engines.backend import Backend
 from octavo.engines.cache import cache_key
-from octavo.export import QdqModel, input_specs, make_session, place, quantize_graph, unsigned_spec
+from octavo.export import QdqModel, input_specs, make_session, quantize_graph
 from octavo.export.precision import float16_overflows
 from octavo.export.torch_export import Inputs
 from octavo.pipelines.calibrate import show_trials
 
 __all__ = ["build", "load"]
 
-Calibration = CalibrationTable | str | os.PathLike[str] | Iterable[Any]
+Calibration = CalibrationTable | Placed | str | os.PathLike[str] | Iterable[Any]
 ProfileLike = Profile | Sequence[Sequence[int]]
 
 
@@ -99,23 +99,23 @@ def build(
     example = None if example_inputs is None else _example_feeds(source, example_inputs)
     shapes = {name: _profile(value) for name, value in (profiles or {}).items()}
     _check_profiles(source, shapes)
-    table = None
+    placed = None
     if precision.startswith("int8") and calibration is not None:
         options = CalibrationOptions(dtype=chosen.activations)
-        table = _table(source, calibration, options, shown, verbose)
+        placed = _placed(source, calibration, options, shown, verbose)
     request = BuildRequest(
         model=source.graph,
-        quantized=None if table is None else _quantize(source, table, chosen, precision),
+        quantized=None if placed is None else _quantize(placed, chosen, precision),
         precision=precision,
         fingerprint=source.fingerprint["onnx"],
-        table=None if table is None else table.dumps(),
+        table=None if placed is None else placed.table.dumps(),
         peaks=_peaks(source, example) if example and "float16" in precision else {},
         profiles=shapes or _example_profiles(source, example),
         targets=tuple(targets),
         timing_cache=None if cache_dir is None else str(Path(cache_dir) / f"{backend}.timing"),
         progress=shown,
     )
-    artifact = _artifact(chosen, request, table, cache_dir)
+    artifact = _artifact(chosen, request, None if placed is None else placed.table, cache_dir)
     if output is not None:
         write_artifact(artifact, output)
     return Engine(artifact, chosen.open)
@@ -168,40 +168,38 @@ def _checked_backend(
     return backend
 
 
-def _table(
+def _placed(
     source: ModelSource,
     calibration: Calibration,
     options: CalibrationOptions,
     progress: Progress,
     verbose: bool,
-) -> CalibrationTable:
-    """The table as given, or made from data; it must belong to this model."""
+) -> Placed:
+    """The model with the table as given, or made from data; it must belong to this model."""
+    if isinstance(calibration, Placed):
+        calibration.table.check_model(source.fingerprint)
+        return calibration
     if isinstance(calibration, (str, os.PathLike)) and Path(calibration).suffix == ".json":
         calibration = CalibrationTable.load(calibration)
     if isinstance(calibration, CalibrationTable):
-        calibration.check_model(source.fingerprint)
-        return calibration
-    table = calibrate_source(source, calibration, options, progress)
+        return Placed.known(source, calibration)
+    placed = Placed.calibrated(source, calibration, options, progress)
     if verbose:
-        show_trials(table)
-    return table
+        show_trials(placed.table)
+    return placed
 
 
-def _quantize(
-    source: ModelSource, table: CalibrationTable, backend: Backend, precision: str
-) -> QdqModel:
-    placement = place(source.graph, table.exclude)
-    if not placement.tensors:
+def _quantize(placed: Placed, backend: Backend, precision: str) -> QdqModel:
+    if not placed.placement.tensors:
         raise BuildError(
-            f"the table excludes every layer of this model ({', '.join(table.exclude)}), so "
+            f"the table excludes every layer of this model ({', '.join(placed.table.exclude)}), so "
             "nothing would run in INT8; build with precision float32 instead"
         )
-    spec = table.spec(placement.tensors, source.ports)
+    spec = placed.spec(unsigned=backend.activations == "uint8")
     if not spec.activations:
         raise InputError("the calibration table has no tensor of this model; calibrate this model")
-    if backend.activations == "uint8":
-        spec = unsigned_spec(source.graph, spec)
-    return quantize_graph(source.graph, spec, half_scales=precision == "int8+float16")
+    half_scales = precision == "int8+float16"
+    return quantize_graph(placed.source.graph, spec, placed.placement, half_scales=half_scales)
 
 
 def _artifact(

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
+from octavo.calibration.placed import Placed
 from octavo.calibration.sources import (
     ModelLike,
-    calibrate_source,
     first_batch,
     is_batches,
     resolve_model,
@@ -62,7 +62,7 @@ def calibrate(
     if example_inputs is None and is_batches(data):
         example_inputs, data = first_batch(data)  # type: ignore[arg-type] # checked by is_batches
     source = resolve_model(model, example_inputs)
-    table = calibrate_source(source, data, options, progress)
+    table = Placed.calibrated(source, data, options, progress).table
     if verbose:
         show_trials(table)
     return table

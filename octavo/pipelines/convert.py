@@ -11,9 +11,9 @@ from torch import nn
 from octavo.core.errors import InputError, OctavoError
 from octavo.core.models import evaluating, held_bytes, run_batch
 from octavo.core.swaps import LayerSwap, SwapSummary
-from octavo.graph.attention import AttentionChoice, Teachers, linear_form, plan_attention
+from octavo.graph.attention import AttentionChoice, Teachers, linearized, plan_attention
 from octavo.graph.install import keep_off_fused_kernels
-from octavo.graph.patch import Edits, places
+from octavo.graph.patch import Patch, parents
 from octavo.graph.select import Selector
 from octavo.layers.attention.linear import LinearMultiheadAttention, LinearSelfAttention
 
@@ -84,7 +84,7 @@ def convert_attention(
             "'Attention' in the name of its class"
         )
     made = {
-        choice.name: linear_form(choice.module, causal=causal, feature_map=feature_map)
+        choice.name: linearized(choice.module, causal=causal, feature_map=feature_map)
         for choice in choices
         if not choice.reason
     }
@@ -122,16 +122,16 @@ def _installed(model: nn.Module, made: Mapping[str, nn.Module], *, inplace: bool
             )
         return made[""]
     work = model if inplace else copy.deepcopy(model)
-    edits = Edits()
+    patch = Patch()
     try:
         for name, new in made.items():
-            for parent, attribute in list(places(work, work.get_submodule(name))):
-                edits.set(parent, attribute, new)
+            for parent, attribute in list(parents(work, work.get_submodule(name))):
+                patch.set(parent, attribute, new)
         for module in work.modules():
             if any(isinstance(child, LinearMultiheadAttention) for child in module.modules()):
-                keep_off_fused_kernels(module, edits)
+                keep_off_fused_kernels(module, patch)
     except BaseException:
-        edits.undo()
+        patch.rollback()
         raise
     return work
 
@@ -164,14 +164,14 @@ def _refused(
         for choice in choices
         if choice.name in made
     ]
-    edits = Edits()
+    patch = Patch()
     try:
         for module in model.modules():
-            keep_off_fused_kernels(module, edits)
+            keep_off_fused_kernels(module, patch)
         with evaluating(model):
             run_batch(model, example, "the example")
     finally:
-        edits.undo()
+        patch.rollback()
         for handle in handles:
             handle.remove()
     return reasons

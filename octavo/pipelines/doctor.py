@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from octavo.core.errors import OctavoError
 from octavo.core.machine import cpu_name, gpu, package_version
 from octavo.engines import BACKENDS, get_backend
-from octavo.export import kernel_form
+from octavo.export import kernel_dtypes
 from octavo.kernels.int8_gemm.native import LIBRARY
 
 __all__ = ["Check", "examine"]
@@ -42,7 +42,7 @@ def examine() -> list[Check]:
     checks = [
         Check("processor", True, cpu_name()),
         _int8_kernels(),
-        Check("INT8 layers in C", not LIBRARY.why_not(), LIBRARY.why_not() or "compiled here"),
+        Check("INT8 layers in C", not LIBRARY.reason(), LIBRARY.reason() or "compiled here"),
         Check(
             "NVIDIA GPU",
             device is not None,
@@ -63,6 +63,6 @@ def examine() -> list[Check]:
 
 def _int8_kernels() -> Check:
     try:
-        return Check("INT8 on the CPU", True, f"exact with {kernel_form()}")
+        return Check("INT8 on the CPU", True, f"exact with {kernel_dtypes()}")
     except OctavoError as error:
         return Check("INT8 on the CPU", False, str(error))

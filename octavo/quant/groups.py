@@ -1,4 +1,4 @@
-"""Weights to narrow codes, a group of neighbours at a time."""
+"""Weights quantized to few bits, a group of neighbours at a time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from octavo.core.errors import InputError
+from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["Grid", "GroupCodes", "choose_grid", "round_weight"]
+__all__ = ["Grid", "check_finite", "choose_grid", "grouped_weight", "quantize_groups"]
 
 SHRINK = tuple(1 - step / 40 for step in range(21))
 """Parts of the full range that are tried: clipping a few large weights can serve the others."""
@@ -40,21 +41,6 @@ class Grid:
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What the codes stand for."""
         return (codes - self.zero_point) * self.scale
-
-
-@dataclass(frozen=True)
-class GroupCodes:
-    """Quantized weights.
-
-    Attributes:
-        codes: int8 [N, K]; unsigned (0 to 2**bits - 1) where there are zero points.
-        scale: float32 [N, groups].
-        zero_point: uint8 [N, groups]; zero for symmetric weights.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor
 
 
 def choose_grid(weight: torch.Tensor, bits: int, symmetric: bool) -> Grid:
@@ -99,16 +85,16 @@ def _grid(bottom: torch.Tensor, top: torch.Tensor, low: int, high: int, symmetri
     return Grid(scale, zero_point.clamp(low, high), low, high)
 
 
-def round_weight(
+def quantize_groups(
     weight: torch.Tensor, bits: int, group_size: int | None, symmetric: bool
-) -> GroupCodes:
-    """Rounds each weight to the nearest code.
+) -> QuantizedWeight:
+    """Rounds each weight to the nearest quantized value, under scales of the least squared error.
 
     Args:
         weight: floating [N, K].
         bits: of a code.
-        group_size: codes that share a scale; None for all of a row.
-        symmetric: signed codes without a zero point.
+        group_size: neighbours that share a scale; None for one scale a row.
+        symmetric: signed values without a zero point.
 
     Raises:
         InputError: weights that are not finite.
@@ -122,7 +108,25 @@ def round_weight(
         grid = choose_grid(values, bits, symmetric)
         parts.append((grid.codes(values).to(torch.int8), grid.scale, grid.zero_point))
     codes, scale, zero_point = (torch.cat(part) for part in zip(*parts, strict=True))
-    return GroupCodes(codes.reshape(n, k), scale[..., 0], zero_point[..., 0].to(torch.uint8))
+    points = None if symmetric else zero_point[..., 0]
+    return grouped_weight(codes.reshape(n, k), scale[..., 0], points, bits, group_size)
+
+
+def grouped_weight(
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    group_size: int | None,
+) -> QuantizedWeight:
+    """The record of values int8 [N, K] with scales [N, groups]; without groups it has [N]."""
+    if zero_point is not None:
+        zero_point = zero_point.to(torch.uint8)
+    if group_size is None:
+        scale = scale[:, 0]
+        zero_point = None if zero_point is None else zero_point[:, 0]
+    axis = 0 if group_size is None else None
+    return QuantizedWeight(values, scale, zero_point, None, bits, axis, group_size)
 
 
 def check_finite(weight: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ class QDType:
     """An integer type as quantization uses it.
 
     Attributes:
-        name: "int8", "uint8", "int4", "int3" or "int2".
+        name: "int8", "uint8", "int4", "uint4" and so on for 3 and 2 bits.
         bits: width when packed.
         qmin: smallest code; results saturate there, as in ONNX QuantizeLinear.
         qmax: largest code.
@@ -41,12 +41,12 @@ def _signed(bits: int) -> QDType:
     return QDType(f"int{bits}", bits, -half, half - 1, torch.int8)
 
 
+def _unsigned(bits: int) -> QDType:
+    return QDType(f"uint{bits}", bits, 0, (1 << bits) - 1, torch.uint8)
+
+
 QTYPES: dict[str, QDType] = {
-    "int8": _signed(8),
-    "uint8": QDType("uint8", 8, 0, 255, torch.uint8),
-    "int4": _signed(4),
-    "int3": _signed(3),
-    "int2": _signed(2),
+    one.name: one for bits in (8, 4, 3, 2) for one in (_signed(bits), _unsigned(bits))
 }
 
 

@@ -98,7 +98,7 @@ def _notes(out: Printer, report: Report) -> None:
         out.items(notes)
     if report.command:
         out.line()
-        out.line("Made with:", style="dim")
+        out.line("LayerResult with:", style="dim")
         out.verbatim(report.command)
 
 

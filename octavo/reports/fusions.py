@@ -47,10 +47,10 @@ def print_fusions(summary: FuseSummary, console: Console | None = None) -> None:
             names = _names(one.name for one in found)
             out.row(table, [f"{found[0].pattern}\n{names}", f"{len(found)}"])
         out.show(table)
-    if summary.near_misses:
+    if summary.unfused:
         out.line()
         table = out.table([("Stays, and why", "name"), ("", "number"), ("Kind", "fixed")])
-        for missed in _grouped(summary.near_misses, lambda one: _general(one.reason)):
+        for missed in _grouped(summary.unfused, lambda one: _general(one.reason)):
             reason = missed[0].reason if len(missed) == 1 else _general(missed[0].reason)
             names = _names(one.name for one in missed)
             out.row(table, [f"{names}\n{reason}", f"{len(missed)}", missed[0].kind])

@@ -206,7 +206,7 @@ def test_the_table_is_ready_for_use(observer: str, dtype: str) -> None:
         assert not table.bias_correction
     spec = table.spec(place(model).tensors)
     result = quantize_graph(model, spec)
-    assert not result.skipped
+    assert not result.reasons
     for name, qparams in result.weights.items():
         assert table.weights[name].qparams == qparams
     x = {"x": np.concatenate(data(4, seed=9))}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.calibration.samples import Divider, Reservoir
+from octavo.calibration.samples import HoldOutSplit, Reservoir
 from octavo.core.results import TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -28,11 +28,11 @@ def numbers(samples: list[dict[str, Array]]) -> list[int]:
     return [int(number) for sample in samples for number in sample["x"][:, 0]]
 
 
-def divided(divider: Divider, sizes: list[int]) -> list[int]:
+def divided(split: HoldOutSplit, sizes: list[int]) -> list[int]:
     """Offers batches of these sizes; returns the samples to calibrate on."""
     seen, start = [], 0
     for size in sizes:
-        seen += numbers(divider.divide(numbered(start, size)))
+        seen += numbers(split.divide(numbered(start, size)))
         start += size
     return seen
 
@@ -42,28 +42,28 @@ def divided(divider: Divider, sizes: list[int]) -> list[int]:
 def test_every_sample_is_either_held_back_or_calibrated_on(
     sizes: list[int], hold_back: int, keep: int
 ) -> None:
-    divider = Divider(DYNAMIC, hold_back, keep)
-    seen, total = divided(divider, sizes), sum(sizes)
-    held, kept = numbers(divider.held.samples), numbers(divider.kept.samples)
+    split = HoldOutSplit(DYNAMIC, hold_back, keep)
+    seen, total = divided(split, sizes), sum(sizes)
+    held, kept = numbers(split.held.samples), numbers(split.kept.samples)
     assert sorted(seen + held) == list(range(total))
-    assert len(held) == min(hold_back, total // Divider.EVERY)
+    assert len(held) == min(hold_back, total // HoldOutSplit.EVERY)
     assert len(kept) == min(keep, len(seen))
     assert set(kept) <= set(seen), "what is kept for later was calibrated on"
-    assert all(index % Divider.EVERY == Divider.EVERY - 1 for index in held)
+    assert all(index % HoldOutSplit.EVERY == HoldOutSplit.EVERY - 1 for index in held)
     assert 0 in seen, "the first sample is never held back"
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5))
 def test_how_samples_are_batched_does_not_matter(sizes: list[int], hold_back: int) -> None:
-    one, two = Divider(DYNAMIC, hold_back, 4), Divider(DYNAMIC, hold_back, 4)
+    one, two = HoldOutSplit(DYNAMIC, hold_back, 4), HoldOutSplit(DYNAMIC, hold_back, 4)
     assert sorted(divided(one, sizes)) == sorted(divided(two, [1] * sum(sizes)))
     assert numbers(one.held.samples) == numbers(two.held.samples)
     assert numbers(one.kept.samples) == numbers(two.kept.samples)
 
 
 def test_held_back_samples_are_spread_over_the_stream() -> None:
-    few, many = Divider(DYNAMIC, 5, 0), Divider(DYNAMIC, 24, 0)
+    few, many = HoldOutSplit(DYNAMIC, 5, 0), HoldOutSplit(DYNAMIC, 24, 0)
     divided(few, [7] * 3)
     assert numbers(few.held.samples) == [3, 7, 11, 15, 19]
     divided(many, [50] * 100)
@@ -88,9 +88,9 @@ def test_a_reservoir_is_a_fair_choice_of_the_whole_stream() -> None:
 def test_the_choice_is_the_same_in_every_run() -> None:
     chosen = []
     for _ in range(2):
-        divider = Divider(DYNAMIC, 3, 5)
-        divided(divider, [10] * 10)
-        chosen.append((numbers(divider.held.samples), numbers(divider.kept.samples)))
+        split = HoldOutSplit(DYNAMIC, 3, 5)
+        divided(split, [10] * 10)
+        chosen.append((numbers(split.held.samples), numbers(split.kept.samples)))
     assert chosen[0] == chosen[1]
     assert max(chosen[0][1]) > 20, "late samples have their chance"
 
@@ -104,9 +104,9 @@ def test_samples_are_copies() -> None:
 
 
 def test_samples_are_joined_to_one_batch() -> None:
-    divider = Divider(DYNAMIC, 4, 8)
-    divided(divider, [8, 8])
-    (held,) = divider.held.batches()
+    split = HoldOutSplit(DYNAMIC, 4, 8)
+    divided(split, [8, 8])
+    (held,) = split.held.batches()
     assert held["x"].shape == (4, 2)
     assert numbers([held]) == [3, 7, 11, 15]
 
@@ -127,25 +127,25 @@ def test_samples_of_different_shapes_stay_apart() -> None:
 
 @pytest.mark.parametrize("specs", [STATIC, MIXED], ids=["static", "mixed"])
 def test_batches_of_a_fixed_size_stay_whole(specs: tuple[TensorSpec, ...]) -> None:
-    divider = Divider(specs, 2, 9)
+    split = HoldOutSplit(specs, 2, 9)
     seen = []
     for index in range(8):
         feeds = numbered(3 * index, 3)
         if len(specs) == 2:
             feeds["s"] = np.ones(1, np.float32)
-        parts = divider.divide(feeds)
+        parts = split.divide(feeds)
         seen.append(bool(parts))
         assert all(part["x"].shape == (3, 2) for part in parts)
     assert seen == [True, True, True, False] * 2
-    for batches in (divider.held.batches(), divider.kept.batches()):
+    for batches in (split.held.batches(), split.kept.batches()):
         assert [batch["x"].shape for batch in batches] == [(3, 2)] * len(batches)
-    assert len(divider.held.batches()) == 2
-    assert len(divider.kept.batches()) == 6
+    assert len(split.held.batches()) == 2
+    assert len(split.kept.batches()) == 6
 
 
 def test_inputs_without_any_axis() -> None:
     specs = (TensorSpec("x", (), "float32"),)
-    divider = Divider(specs, 1, 2)
+    split = HoldOutSplit(specs, 1, 2)
     for _ in range(4):
-        divider.divide({"x": np.float32(2) * np.ones(())})
-    assert [batch["x"].shape for batch in divider.kept.batches()] == [(), ()]
+        split.divide({"x": np.float32(2) * np.ones(())})
+    assert [batch["x"].shape for batch in split.kept.batches()] == [(), ()]

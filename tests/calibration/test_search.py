@@ -11,7 +11,7 @@ import pytest
 from tiny_graphs import Net, run, run_optimized
 
 from octavo.calibration import OBSERVERS, CalibrationOptions, CalibrationTable, calibrate_graph
-from octavo.calibration.evaluator import Judge, Score
+from octavo.calibration.evaluator import Evaluator, Score
 from octavo.calibration.observers import choose_range
 from octavo.calibration.search import (
     FACTOR_LIMIT,
@@ -155,7 +155,7 @@ def test_the_measure_is_what_an_engine_gives() -> None:
 
 def test_the_float_model_itself_scores_best() -> None:
     model, held = classifier(), [{"x": np.concatenate(pictures(2))}]
-    judge = Judge(model, place(model), held)
+    judge = Evaluator(model, place(model), held)
     score = judge.score(QuantSpec({}))
     assert score == Score(200.0, 1.0)
 

@@ -64,7 +64,7 @@ def test_merged_convolutions_are_int8(net: nn.Module, int8: nn.Module) -> None:
     assert sqnr_db(net(images(8, 3)), int8(images(8, 3))) > 25
     found = {layer.name: layer.detail for layer in int8.octavo_summary.layers}
     assert all(layer.became == "int8 static" for layer in int8.octavo_summary.layers)
-    assert found["1.dense.0"] == "a scale a tensor"
+    assert found["1.dense.0"] == "per-tensor scales"
     assert found["1.point.0"] == "in one convolution with '1.dense.0'"
 
 

@@ -25,7 +25,7 @@ import octavo
 from octavo.core.errors import ArtifactError, BuildError, InputError, OctavoError, UnsupportedError
 from octavo.engines import BACKENDS, BuildRequest, Engine, Profile, get_backend
 from octavo.engines.onnxruntime import backend
-from octavo.export import fingerprint, kernel_form, load_onnx, make_session
+from octavo.export import fingerprint, kernel_dtypes, load_onnx, make_session
 from octavo.quant import sqnr_db
 
 
@@ -95,7 +95,7 @@ def test_the_artifact_holds_the_portable_graph() -> None:
     assert operators >= {"QuantizeLinear", "DequantizeLinear", "Relu"}, "clamps are those of floats"
     assert artifact.members["table.json"].decode() == cnn_table().dumps()
     assert artifact.manifest.model == fingerprint(load_onnx(cnn()))
-    assert artifact.manifest.skipped == {}
+    assert artifact.manifest.reasons == {}
     assert list(cnn_artifact("float32").members) == ["model.onnx"]
     assert cnn_artifact("float32").manifest.calibration is None
 
@@ -137,7 +137,7 @@ def test_a_layer_without_a_scale_is_named_with_its_reason() -> None:
     tensors = {name: e for name, e in cnn_table().tensors.items() if name != "r0"}
     table = cnn_table().model_copy(update={"tensors": tensors})
     engine = octavo.build(cnn(), calibration=table)
-    assert engine.manifest.skipped == {"Conv:c1": "the calibration table has no scale for 'r0'"}
+    assert engine.manifest.reasons == {"Conv:c1": "the calibration table has no scale for 'r0'"}
 
 
 def test_an_excluded_layer_is_named_with_its_reason() -> None:
@@ -145,7 +145,7 @@ def test_an_excluded_layer_is_named_with_its_reason() -> None:
         cnn(), [images(8)], observer="minmax", exclude=["Conv:c1"], verbose=False
     )
     engine = octavo.build(cnn(), calibration=table)
-    assert engine.manifest.skipped == {"Conv:c1": "excluded by the caller"}
+    assert engine.manifest.reasons == {"Conv:c1": "excluded by the caller"}
     assert engine.layers().counts()["float32"] >= 1
 
 
@@ -206,10 +206,10 @@ def test_float_graphs_keep_their_form() -> None:
 
 
 def test_the_form_of_the_kernels_is_one_that_is_exact_here() -> None:
-    form = kernel_form()
+    form = kernel_dtypes()
     assert form.activation in ("int8", "uint8")
     assert form.weight in ("int8", "uint8")
-    assert kernel_form() is form, "probed once"
+    assert kernel_dtypes() is form, "probed once"
 
 
 @pytest.mark.parametrize("members", [{}, {"model.onnx": b"junk"}], ids=["missing", "junk"])

@@ -90,7 +90,7 @@ def test_manifest_says_what_the_engine_is_for(machine: Machine) -> None:
     assert manifest.profiles == {"x": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))}
     assert set(manifest.members) == {PLAN, "table.json"}
     assert list(map(str, manifest.inputs)) == ["x: float32[batch, 3, 8, 8]"]
-    assert manifest.skipped["Gemm:y"] == "excluded by the caller"
+    assert manifest.reasons["Gemm:y"] == "excluded by the caller"
 
 
 def test_reports_why_a_layer_is_not_int8(machine: Machine) -> None:

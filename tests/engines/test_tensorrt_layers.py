@@ -35,10 +35,10 @@ def layer(name: str, kind: str, inputs: Any, outputs: Any, *nodes: str, **more: 
 
 
 def parse(
-    *layers: Any, skipped: dict[str, str] | None = None, quantized: bool = True
+    *layers: Any, reasons: dict[str, str] | None = None, quantized: bool = True
 ) -> LayerReport:
     text = json.dumps({"Layers": list(layers), "Bindings": ["x", "y"]}, ensure_ascii=False)
-    return parse_layers(text, skipped or {}, quantized=quantized)
+    return parse_layers(text, reasons or {}, quantized=quantized)
 
 
 def only(*layers: Any, **settings: Any) -> LayerInfo:
@@ -147,14 +147,14 @@ def test_generated_kernels_around_a_convolution_as_the_compiler_of_11_splits_the
 
 
 def test_reasons_come_from_the_manifest_by_the_node_or_name_tensorrt() -> None:
-    skipped = {"Conv:c1": "excluded by the caller", "Conv:c": "wrong one"}
+    reasons = {"Conv:c1": "excluded by the caller", "Conv:c": "wrong one"}
     report = parse(
         layer("Conv:c1_myl0_4", "correlation", new_tensors("Half"), new_tensors("Half"), "Conv:c1"),
         layer("Conv:c1 + Relu:r1", "CaskConvolution", tensors("Half"), tensors("Half")),
         layer("Conv:c1_myl1_9", "correlation", new_tensors("Half"), new_tensors("Half")),
         layer("Conv:c2", "CaskConvolution", tensors("Float"), tensors("Float"), "Conv:c2"),
         layer("PWN(Sigmoid:s)", "PointWiseV2", tensors("Half"), tensors("Half"), "Sigmoid:s"),
-        skipped=skipped,
+        reasons=reasons,
     )
     assert [info.reason for info in report.layers] == [
         *["excluded by the caller"] * 3,
@@ -253,7 +253,7 @@ def test_attention_that_is_one_kernel_is_a_matrix_product() -> None:
 def test_nodes_may_have_brackets_and_text_between_them() -> None:
     metadata = "first [ONNX Layer: Conv:a[0].conv]\x1fthen [ONNX Layer: Relu:r]"
     conv = layer("n", "CaskConvolution", tensors("Half"), tensors("Half"), Metadata=metadata)
-    info = only(conv, skipped={"Conv:a[0].conv": "because"})
+    info = only(conv, reasons={"Conv:a[0].conv": "because"})
     assert info.reason == "because"
 
 

@@ -203,8 +203,8 @@ def test_layers_as_the_real_compiler_lists_them(
     wanted = request("int8", targets=TARGETS)
     build_artifact(api, wanted, architecture=TARGETS, device=None, targets=TARGETS)
     lists = [text for text in caplog.messages if text.startswith("Layers:")]
-    skipped = wanted.quantized.skipped if wanted.quantized else {}
-    report = parse_layers(as_json(lists[-1]), skipped, quantized=True)
+    reasons = wanted.quantized.reasons if wanted.quantized else {}
+    report = parse_layers(as_json(lists[-1]), reasons, quantized=True)
     heavy = {layer.op: layer for layer in report.layers if layer.op in ("Conv", "Gemm")}
     assert heavy["Conv"].precision == "int8"
     assert report.counts()["int8"] >= 2, "both convolutions read int8"

@@ -21,7 +21,7 @@ from octavo.core.results import TensorSpec
 from octavo.engines import Artifact, Engine, get_backend
 from octavo.engines import triton_server as module
 from octavo.engines.triton_server import TYPES, export_triton_server
-from octavo.export import KernelForm, make_session
+from octavo.export import KernelDtypes, make_session
 
 TOKEN = re.compile(r'#[^\n]*|\s+|"(?:[^"\\]|\\.)*"|[A-Za-z_]\w*|-?\d+|[\[\]{}:,]')
 
@@ -256,7 +256,7 @@ def test_the_exported_model_gives_the_engines_numbers_bit_for_bit(
     expected = engine(x)
     if limit:
         monkeypatch.setattr("octavo.export.onnx_model.PROTOBUF_LIMIT", limit)
-    forms = [KernelForm(), KernelForm("uint8", "uint8")]
+    forms = [KernelDtypes(), KernelDtypes("uint8", "uint8")]
     for index, form in enumerate(forms):
         folder = export_triton_server(engine, tmp_path, name=f"net{index}", form=form)
         path = folder / "1" / "model.onnx"
@@ -299,7 +299,7 @@ def test_a_reader_of_the_configuration_learns_what_the_processor_needs(tmp_path:
 
     assert "uint8 activations, int8 weights" in text("default")
     assert "needs VNNI" in text("again")
-    safe = text("safe", form=KernelForm("uint8", "uint8"))
+    safe = text("safe", form=KernelDtypes("uint8", "uint8"))
     assert "uint8 weights" in safe
     assert "VNNI" not in safe
     assert "VNNI" not in text("float", artifact=cnn_artifact("float32"))

@@ -17,21 +17,25 @@ from tiny_graphs import Net, as_it_is, feeds_for, minmax_spec, ops, quantized, r
 
 from octavo.core.errors import ExportError
 from octavo.export import (
-    KernelForm,
+    KernelDtypes,
     fingerprint,
     load_onnx,
     lower_for_onnxruntime,
     make_session,
-    probe_form,
+    probe_dtypes,
     quantize_graph,
 )
 
-FORMS = (KernelForm("uint8", "int8"), KernelForm("uint8", "uint8"), KernelForm("int8", "int8"))
+FORMS = (
+    KernelDtypes("uint8", "int8"),
+    KernelDtypes("uint8", "uint8"),
+    KernelDtypes("int8", "int8"),
+)
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
 # On x86 ONNX Runtime has integer kernels for int8 activations only where it can make them uint8.
 FAST = FORMS if platform.machine() in ("aarch64", "arm64") else FORMS[:2]
-EXACT = tuple(form for form in FAST if probe_form(form))
+EXACT = tuple(form for form in FAST if probe_dtypes(form))
 
 INTEGER_NODES = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearAdd"}
 
@@ -126,7 +130,7 @@ every_graph = pytest.mark.parametrize("name", GRAPHS)
 @every_graph
 @every_form
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_not_a_bit_changes(name: str, form: KernelForm, dtype: str) -> None:
+def test_not_a_bit_changes(name: str, form: KernelDtypes, dtype: str) -> None:
     _, portable, _ = quantized(GRAPHS[name], dtype=dtype, shrink=0.8)
     lowered = lower_for_onnxruntime(portable.model, form).model
     onnx.checker.check_model(ir.to_proto(lowered), full_check=True)
@@ -156,7 +160,7 @@ def _with_output(model: ir.Model, name: str) -> ir.Model:
 
 @every_graph
 @pytest.mark.parametrize("form", EXACT, ids=str)
-def test_integer_kernels_differ_by_a_step_at_most_and_rarely(name: str, form: KernelForm) -> None:
+def test_integer_kernels_differ_by_a_step_at_most_and_rarely(name: str, form: KernelDtypes) -> None:
     _, portable, _ = quantized(GRAPHS[name], shrink=0.8, batch=8)
     lowered = lower_for_onnxruntime(portable.model, form).model
     feeds = feeds_for(portable.model, batch=8, seed=5)
@@ -182,7 +186,7 @@ STAYS_FLOAT = {
 
 @every_graph
 @pytest.mark.parametrize("form", FAST, ids=str)
-def test_layers_really_run_in_int8(name: str, form: KernelForm, tmp_path: Path) -> None:
+def test_layers_really_run_in_int8(name: str, form: KernelDtypes, tmp_path: Path) -> None:
     _, portable, _ = quantized(GRAPHS[name])
     lowered = lower_for_onnxruntime(portable.model, form)
     outputs = {value.name for value in lowered.model.graph.outputs}
@@ -271,7 +275,7 @@ def test_layers_left_in_float_keep_their_weights_folded_and_say_why() -> None:
 
 
 @every_form
-def test_a_float_model_comes_back_as_it_is(form: KernelForm) -> None:
+def test_a_float_model_comes_back_as_it_is(form: KernelDtypes) -> None:
     model = load_onnx(GRAPHS["pooling and Concat"])
     lowered = lower_for_onnxruntime(model, form)
     assert fingerprint(lowered.model) == fingerprint(model)
@@ -330,7 +334,7 @@ def test_any_chain_of_clamps(
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("channels", "filters"), [(3, 16), (3, 8), (1, 16)])
 def test_a_pictures_three_channels_get_a_fourth(
-    form: KernelForm, channels: int, filters: int
+    form: KernelDtypes, channels: int, filters: int
 ) -> None:
     net = Net(x=["batch", channels, 9, 9])
     y = net.op("Relu", net.conv("x", filters, channels))

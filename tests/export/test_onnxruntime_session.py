@@ -15,18 +15,22 @@ from tiny_graphs import Net, feeds_for, run, run_optimized
 
 from octavo.core.errors import BuildError, UnsupportedError
 from octavo.export import (
-    KernelForm,
-    kernel_form,
+    KernelDtypes,
+    kernel_dtypes,
     load_onnx,
     lower_for_onnxruntime,
     make_session,
     onnxruntime_session,
-    probe_form,
+    probe_dtypes,
     save_onnx,
 )
 
 Array = np.ndarray[Any, Any]
-FORMS = (KernelForm("uint8", "int8"), KernelForm("uint8", "uint8"), KernelForm("int8", "int8"))
+FORMS = (
+    KernelDtypes("uint8", "int8"),
+    KernelDtypes("uint8", "uint8"),
+    KernelDtypes("int8", "int8"),
+)
 PROBES = (
     onnxruntime_session._pointwise,
     onnxruntime_session._depthwise,
@@ -37,22 +41,22 @@ PROBES = (
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forgets which form was found, before and after."""
-    kernel_form.cache_clear()
+    kernel_dtypes.cache_clear()
     yield
-    kernel_form.cache_clear()
+    kernel_dtypes.cache_clear()
 
 
 def test_the_form_of_this_processor_is_exact() -> None:
-    assert probe_form(kernel_form())
+    assert probe_dtypes(kernel_dtypes())
 
 
 def test_unsigned_weights_are_exact_everywhere() -> None:
-    assert probe_form(FORMS[1])
+    assert probe_dtypes(FORMS[1])
 
 
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
-def test_the_probe_runs_integer_kernels(probe: Any, form: KernelForm, tmp_path: Path) -> None:
+def test_the_probe_runs_integer_kernels(probe: Any, form: KernelDtypes, tmp_path: Path) -> None:
     graph, _, _ = probe()
     path = tmp_path / "optimized.onnx"
     make_session(lower_for_onnxruntime(ir.from_proto(graph), form).model, optimized_path=path)
@@ -128,12 +132,12 @@ def on_processor(monkeypatch: pytest.MonkeyPatch, *saturates: tuple[str, str]) -
 def test_the_stand_in_without_saturation_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or else the tests below would show nothing."""
     on_processor(monkeypatch)
-    assert [probe_form(form) for form in FORMS] == [True, True, True]
+    assert [probe_dtypes(form) for form in FORMS] == [True, True, True]
 
 
 def test_the_probe_notices_saturation(monkeypatch: pytest.MonkeyPatch) -> None:
     on_processor(monkeypatch, ("uint8", "int8"))
-    assert [probe_form(form) for form in FORMS] == [False, True, True]
+    assert [probe_dtypes(form) for form in FORMS] == [False, True, True]
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -160,11 +164,11 @@ def test_the_first_exact_form_wins(
     fresh: None,
     machine: str,
     saturates: tuple[tuple[str, str], ...],
-    chosen: KernelForm,
+    chosen: KernelDtypes,
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     on_processor(monkeypatch, *saturates)
-    assert kernel_form() == chosen
+    assert kernel_dtypes() == chosen
 
 
 def test_a_processor_without_an_exact_form_is_refused(
@@ -172,7 +176,7 @@ def test_a_processor_without_an_exact_form_is_refused(
 ) -> None:
     on_processor(monkeypatch, *((form.activation, form.weight) for form in FORMS))
     with pytest.raises(UnsupportedError, match="use precision float32"):
-        kernel_form()
+        kernel_dtypes()
 
 
 # --- sessions

@@ -20,19 +20,19 @@ from torch.nn import functional
 
 from octavo.calibration.collect import with_outputs
 from octavo.export import (
-    KernelForm,
+    KernelDtypes,
     QuantSpec,
     load_onnx,
     lower_for_onnxruntime,
     place,
-    probe_form,
+    probe_dtypes,
     quantize_graph,
 )
 from octavo.quant import QTYPES, QParams
 
 SCALES = {"x": 0.1, "a": 18.0, "b": 14.0, "y": 40.0}
-UINT8 = KernelForm("uint8", "int8")
-FORM = UINT8 if probe_form(UINT8) else KernelForm("uint8", "uint8")
+UINT8 = KernelDtypes("uint8", "int8")
+FORM = UINT8 if probe_dtypes(UINT8) else KernelDtypes("uint8", "uint8")
 
 
 @dataclass

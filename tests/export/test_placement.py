@@ -27,7 +27,7 @@ def placed(net: Net, *outputs: str, exclude: tuple[str, ...] = ()) -> Placement:
 
 
 def only_reason(placement: Placement) -> str:
-    (reason,) = placement.skipped.values()
+    (reason,) = placement.reasons.values()
     return reason
 
 
@@ -54,7 +54,7 @@ def test_convolutions(
     (layer,) = placement.layers
     assert (layer.op, layer.weight, layer.weight_axis, layer.bias) == ("Conv", "w", 0, "b")
     assert placement.tensors == {"x": (layer.name,)}
-    assert not placement.skipped
+    assert not placement.reasons
     assert not placement.groups
 
 
@@ -167,7 +167,7 @@ def test_a_float16_graph_stays_as_it_is() -> None:
     net.nodes.insert(0, helper.make_node("Transpose", ["x"], ["x2"]))
     placement = place(load_onnx(net.build()))
     assert not placement.layers
-    assert sorted(placement.skipped.values()) == [
+    assert sorted(placement.reasons.values()) == [
         "it computes in float16",
         "it does not compute in float32",
     ]
@@ -392,7 +392,7 @@ def three_layers() -> Net:
 def test_excluding_by_node_output_or_weight(pattern: str) -> None:
     placement = placed(three_layers(), "c", exclude=(pattern,))
     assert [layer.output for layer in placement.layers] == ["a", "c"]
-    assert placement.skipped == {"Conv:b": "excluded by the caller"}
+    assert placement.reasons == {"Conv:b": "excluded by the caller"}
 
 
 def test_excluding_a_residual_sum() -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tiny_graphs import Net, as_it_is, ops, run, run_optimized
 
-from octavo.export import KernelForm, lower_for_onnxruntime, make_session
+from octavo.export import KernelDtypes, lower_for_onnxruntime, make_session
 from octavo.export.integer_modules import IntegerMean
-from octavo.export.pooling import averages_pictures, scales_fit
+from octavo.export.pooling import averages_pictures
 from octavo.quant import QTYPES, QParams, fake_quantize, quantize
+from octavo.quant.requantize import mean_fits
 
-FORM = KernelForm("uint8", "int8")
+FORM = KernelDtypes("uint8", "int8")
 
 
 def qparams(scale: float, zero: int, dtype: str) -> QParams:
@@ -126,7 +127,7 @@ def test_only_means_of_whole_pictures(axes: tuple[int, ...], keepdims: int, take
 )
 def test_scales_that_the_kernel_does_not_take(source: float, target: float, fits: bool) -> None:
     """ONNX Runtime refuses them when the engine runs, so the mean stays in float."""
-    assert scales_fit(source, target) == fits
+    assert mean_fits(source, target) == fits
     ends = qparams(source, 0, "uint8"), qparams(target, 0, "uint8")
     lowered = lower_for_onnxruntime(pooled(*ends), FORM).model
     assert ("GlobalAveragePool" in ops(lowered)) == fits

@@ -166,7 +166,7 @@ def test_a_layer_without_a_scale_stays_float_and_says_so(tensor: str) -> None:
     del spec.activations[tensor]  # type: ignore[attr-defined]
     result = quantize_graph(model, spec)
     left, kept = ("middle", "last") if tensor == "x" else ("last", "middle")
-    assert result.skipped == {f"Conv:{left}": f"the calibration table has no scale for {tensor!r}"}
+    assert result.reasons == {f"Conv:{left}": f"the calibration table has no scale for {tensor!r}"}
     assert [layer.output for layer in result.layers] == [kept]
     assert ops(result.model).count("QuantizeLinear") == 1
     run(result.model, feeds)
@@ -176,7 +176,7 @@ def test_an_empty_table_gives_the_float_graph_back() -> None:
     model = load_onnx(small_net())
     result = quantize_graph(model, QuantSpec({}))
     assert fingerprint(result.model) == fingerprint(model)
-    assert len(result.skipped) == 6
+    assert len(result.reasons) == 6
 
 
 def test_an_excluded_layer_reads_float() -> None:

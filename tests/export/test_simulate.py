@@ -12,7 +12,7 @@ from octavo.core.errors import ExportError
 from octavo.export import (
     TorchExport,
     export_torch,
-    kernel_form,
+    kernel_dtypes,
     load_onnx,
     lower_for_onnxruntime,
     make_session,
@@ -62,7 +62,7 @@ def net() -> tuple[TorchExport, CalibrationTable, np.ndarray]:
 
 
 def run_integers(exported: TorchExport, spec: QuantSpec, samples: np.ndarray) -> np.ndarray:
-    lowered = lower_for_onnxruntime(quantize_graph(exported.model, spec).model, kernel_form())
+    lowered = lower_for_onnxruntime(quantize_graph(exported.model, spec).model, kernel_dtypes())
     session = make_session(lowered.model)
     return session.run(None, {session.get_inputs()[0].name: samples})[0]
 
@@ -190,7 +190,7 @@ def test_means_of_codes_are_those_of_the_engine(reader: str) -> None:
     spec = unsigned_spec(exported.model, table.spec(place(exported.model).tensors))
     module = simulate(exported, spec)
     means = [m for m in module.modules() if isinstance(m, IntegerMean)]
-    graph = lower_for_onnxruntime(quantize_graph(exported.model, spec).model, kernel_form()).model
+    graph = lower_for_onnxruntime(quantize_graph(exported.model, spec).model, kernel_dtypes()).model
     pools = [node for node in graph.graph if node.op_type == "GlobalAveragePool"]
     assert len(means) == len(pools) == (reader == "none")
     found = module(x)

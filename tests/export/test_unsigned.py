@@ -10,19 +10,23 @@ from tiny_graphs import Net, as_it_is, feeds_for, minmax_spec, ops, run, run_opt
 
 from octavo.core.errors import InputError
 from octavo.export import (
-    KernelForm,
+    KernelDtypes,
     QuantSpec,
     load_onnx,
     lower_for_onnxruntime,
     place,
-    probe_form,
+    probe_dtypes,
     quantize_graph,
     unsigned_spec,
 )
 from octavo.export.unsigned import never_negative
 from octavo.quant import QTYPES, QParams, sqnr_db
 
-FORMS = (KernelForm("uint8", "int8"), KernelForm("uint8", "uint8"), KernelForm("int8", "int8"))
+FORMS = (
+    KernelDtypes("uint8", "int8"),
+    KernelDtypes("uint8", "uint8"),
+    KernelDtypes("int8", "int8"),
+)
 
 
 def inverted_residual() -> onnx.ModelProto:
@@ -134,7 +138,7 @@ def test_the_smallest_scale_stays_a_scale() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_no_clamp_is_left_and_no_code_changes(form: KernelForm) -> None:
+def test_no_clamp_is_left_and_no_code_changes(form: KernelDtypes) -> None:
     """In every form, also where all activations have to become int8."""
     model = load_onnx(inverted_residual())
     feeds = feeds_for(model, scale=3, batch=4)
@@ -151,7 +155,7 @@ def test_no_clamp_is_left_and_no_code_changes(form: KernelForm) -> None:
     assert types == {form.activation}, "kernels take one type for input and output"
     found, wanted = (run(graph, feeds)[0] for graph in (lowered, portable))
     np.testing.assert_array_equal(found, wanted)
-    if probe_form(form):
+    if probe_dtypes(form):
         assert sqnr_db(wanted, run_optimized(lowered, feeds)[0]) > 35
 
 

@@ -50,4 +50,4 @@ def patterns(summary: FuseSummary) -> list[str]:
 
 
 def reason(summary: FuseSummary, name: str) -> str:
-    return "; ".join(miss.reason for miss in summary.near_misses if miss.name == name)
+    return "; ".join(miss.reason for miss in summary.unfused if miss.name == name)

@@ -224,7 +224,7 @@ def test_a_failure_leaves_the_model_as_it_was(
     model = encoder()
     before, held = copy.deepcopy(model.state_dict()), [layer.self_attn for layer in model.layers]
 
-    def fail(module: nn.Module, edits: object) -> None:
+    def fail(module: nn.Module, patch: object) -> None:
         if isinstance(module, nn.TransformerEncoderLayer):
             raise KeyboardInterrupt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import nn
 import octavo
 from octavo import Int4WeightOnly, Int8Dynamic, Int8Static, Int8WeightOnly
 from octavo.core.errors import ArtifactError
-from octavo.kernels.attention import schema as attention_native
+from octavo.kernels import explain
+from octavo.kernels.attention.native import LIBRARY
 from octavo.layers import Int8Linear, WeightOnlyLinear
 from octavo.quant import sqnr_db
 
@@ -74,16 +74,14 @@ def test_weights_are_those_of_the_transpose() -> None:
         assert torch.equal(made.state_dict()[name], tensor), name
 
 
-def test_the_activation_is_fused_and_the_attention_is_ours(
-    count_calls: Callable[[Any, str], list[int]],
-) -> None:
-    calls = count_calls(attention_native, "_attend")
+def test_the_activation_is_fused_and_the_attention_is_ours() -> None:
     made = octavo.quantize(gpt2(), Int8Dynamic(), verbose=False)
     mlp = made.transformer.h[0].mlp
     assert isinstance(mlp.c_fc, Int8Linear)
     assert mlp.c_fc.activation == "gelu-tanh"
     logits(made)
-    assert len(calls) == (0 if attention_native.LIBRARY.why_not() else 2)
+    expected = "reference" if LIBRARY.reason() else "native"
+    assert explain("attention").implementation == expected
 
 
 def test_small_and_excluded_ones_stay() -> None:

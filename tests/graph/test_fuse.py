@@ -115,7 +115,7 @@ def test_gives_what_efficientnet_lite0_gives(lite0_module: nn.Module, photos: to
     fused = octavo.fuse(lite0_module, verbose=False)
     summary = fused.octavo_summary
     assert (summary.separable, summary.depthwise, summary.fused) == (16, 16, 49)
-    assert not summary.near_misses
+    assert not summary.unfused
     check(lite0_module, fused, photos, lambda y: y)
     stem = fused.get_submodule("_conv_stem")
     assert isinstance(stem, FusedConv2d)

@@ -55,7 +55,7 @@ def made() -> nn.Module:
 
 
 def reason(summary: FuseSummary, name: str) -> str:
-    return "; ".join(miss.reason for miss in summary.near_misses if miss.name == name)
+    return "; ".join(miss.reason for miss in summary.unfused if miss.name == name)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What flows as codes between INT8 layers of a graph, and what does not."""
+"""What flows as integers between INT8 layers of a graph, and what does not."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from octavo.graph import fuse_model
-from octavo.graph import lower as int8_graph
-from octavo.graph.lower import can_be_int8, max_pool_of_codes, to_int8
-from octavo.graph.scales import Form, Weights
+from octavo.graph import fuse_model, lower
+from octavo.graph.lower import can_be_int8, max_pool_int8, to_int8
+from octavo.graph.scales import LayerQParams
 from octavo.layers.convolution.elementwise import Dequantize, Quantize
 from octavo.layers.convolution.fused import FusedConv2d
 from octavo.layers.convolution.int8 import Int8Conv2d
 from octavo.quant import QParams, qparams_from_range
+from octavo.quant.weights import QuantizedWeight
 
 Between = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,7 +51,7 @@ def reshaped(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).unsqueeze(3).squeeze(3).reshape(x.shape)
 
 
-KEEPS_CODES = {
+KEEPS_INTEGERS = {
     "module": nn.MaxPool2d(3, 2, padding=1, ceil_mode=True),
     "pool": lambda x: functional.max_pool2d(x, 2),
     "torch": lambda x: torch.max_pool2d(x, 3, stride=1, padding=1),
@@ -69,28 +69,22 @@ NEEDS_FLOATS = {
 }
 
 
-def forms(names: tuple[str, ...], low: float = -4.0) -> dict[str, Form]:
-    qparams = qparams_from_range(low, 4.0, "uint8")
-    return dict.fromkeys(names, Form(qparams, qparams))
-
-
-def weights(names: tuple[str, ...], model: nn.Module) -> dict[str, Weights]:
-    torch.manual_seed(1)
-    made = {}
-    for name in names:
-        shape = model.get_submodule(name).weight.shape
-        codes = torch.randint(-127, 128, shape, dtype=torch.int8)
-        bias = torch.randint(-900, 900, shape[:1], dtype=torch.int32)
-        made[name] = Weights(codes, torch.full(shape[:1], 0.004), bias)
-    return made
+def qparams(low: float = -4.0) -> QParams:
+    return qparams_from_range(low, 4.0, "uint8")
 
 
 def made_int8(net: Net, x: torch.Tensor) -> nn.Module:
-    names = ("first", "last")
-    fused = fuse_model(net.eval(), x)[0]
-    given = forms(names) | {"last": Form(forms(names)["last"].x)}
-    result, layers = to_int8(fused, given, weights(names, net))
-    assert set(layers) == set(names)
+    torch.manual_seed(1)
+    layers = {}
+    for name, y in (("first", qparams()), ("last", None)):
+        shape = net.get_submodule(name).weight.shape
+        values = torch.randint(-127, 128, shape, dtype=torch.int8)
+        bias = torch.randint(-900, 900, shape[:1], dtype=torch.int32)
+        weight = QuantizedWeight(values, torch.full(shape[:1], 0.004), bias=bias)
+        layers[name] = LayerQParams(qparams(), y, weight=weight)
+    result, made = to_int8(fuse_model(net.eval(), x)[0], layers)
+    assert set(made) == set(layers)
+    assert all(one.weight is None for one in result.octavo_qparams.values())
     return result
 
 
@@ -100,15 +94,15 @@ def count(model: nn.Module, kind: type[nn.Module]) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("untraceable", [False, True], ids=["fx", "export"])
-@pytest.mark.parametrize("between", KEEPS_CODES.values(), ids=KEEPS_CODES.keys())
-def test_codes_stay_codes(
+@pytest.mark.parametrize("between", KEEPS_INTEGERS.values(), ids=KEEPS_INTEGERS.keys())
+def test_integers_stay_integers(
     between: Between, untraceable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, 3, 8, 6)
     net = Net(between, untraceable=untraceable)
     made = made_int8(net, x)
     assert (count(made, Quantize), count(made, Dequantize)) == (1, 0)
-    monkeypatch.setattr(int8_graph, "on_codes", lambda *_: None)
+    monkeypatch.setattr(lower, "on_integers", lambda *_: None)
     by_floats = made_int8(net, x)
     assert (count(by_floats, Quantize), count(by_floats, Dequantize)) == (2, 1)
     assert torch.equal(made(x), by_floats(x))
@@ -116,7 +110,7 @@ def test_codes_stay_codes(
 
 @torch.no_grad()
 @pytest.mark.parametrize("between", NEEDS_FLOATS.values(), ids=NEEDS_FLOATS.keys())
-def test_what_codes_cannot_do_gets_floats(between: Between) -> None:
+def test_what_integers_cannot_do_gets_floats(between: Between) -> None:
     x = torch.randn(2, 3, 8, 6)
     made = made_int8(Net(between), x)
     assert count(made, Quantize) == 2
@@ -124,10 +118,10 @@ def test_what_codes_cannot_do_gets_floats(between: Between) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_max_pool_of_codes(layout: torch.memory_format) -> None:
-    codes = torch.randint(-128, 128, (2, 5, 17, 13), dtype=torch.int8)
-    wanted = functional.max_pool2d(codes.double(), 3, 2, 1).to(torch.int8)
-    assert torch.equal(max_pool_of_codes(codes.contiguous(memory_format=layout), 3, 2, 1), wanted)
+def test_max_pool_of_integers(layout: torch.memory_format) -> None:
+    values = torch.randint(-128, 128, (2, 5, 17, 13), dtype=torch.int8)
+    wanted = functional.max_pool2d(values.double(), 3, 2, 1).to(torch.int8)
+    assert torch.equal(max_pool_int8(values.contiguous(memory_format=layout), 3, 2, 1), wanted)
 
 
 @torch.no_grad()
@@ -138,7 +132,6 @@ def test_a_second_activation_without_a_residual_stays_in_float() -> None:
     net = nn.Sequential(conv).eval()
     fused = fuse_model(net, torch.randn(1, 3, 4, 4))[0]
     assert can_be_int8(fused, {"conv"}) == set()
-    qparams: QParams = forms(("conv",))["conv"].x
-    made, layers = to_int8(fused, {"conv": Form(qparams)}, {})
+    made, layers = to_int8(fused, {"conv": LayerQParams(qparams())})
     assert not layers
     assert not count(made, Int8Conv2d)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.kernels.dispatch import contest, store, tuning
-from octavo.kernels.dispatch import measurement as trial
+from octavo.kernels.dispatch import autotune, measurement, store
 from octavo.measure.kernels import KernelTime
 
 GPU = torch.device("cuda", 0)
@@ -30,18 +29,16 @@ class FakeGpu:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.delenv("OCTAVO_TUNE", raising=False)
         monkeypatch.setattr(store, "device_facts", lambda _device: dict(FACTS))
-        monkeypatch.setattr(trial, "kernel_times", self._kernel_times)
-        monkeypatch.setattr(trial, "_synchronize", lambda _device: None)
+        monkeypatch.setattr(measurement, "kernel_times", self._kernel_times)
+        monkeypatch.setattr(measurement, "_synchronize", lambda _device: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         self.forget()
 
     def forget(self) -> None:
         """What a new process knows: nothing but the files."""
         store._user_table.cache_clear()
-        for module in (tuning, contest):
-            self._monkeypatch.setattr(module, "_known", {})
-        self._monkeypatch.setattr(tuning, "_memory", {})
-        self._monkeypatch.setattr(contest, "_outcomes", {})
+        for name in ("_known", "_memory"):
+            self._monkeypatch.setattr(autotune, name, {})
 
     def _kernel_times(
         self, calls: Mapping[str, Callable[[], object]], _device: torch.device, **_options: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from convolutions import (
     DEPTHWISE,
-    FLOATS,
     TOLERANCES,
     codes,
     depthwise_call,
@@ -25,10 +25,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from octavo.core.errors import InputError
-from octavo.kernels import (
-    depthwise_conv1d,
-    depthwise_conv2d,
-)
+from octavo.kernels import depthwise_conv1d, depthwise_conv2d
 from octavo.kernels.common.convolution import Convolution, Window, make_window
 from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.depthwise_conv2d import conv2d
@@ -66,8 +63,11 @@ def test_sums_of_codes_are_exact(
 
 
 @every_float_backend
-@every_shape
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*itertools.product(DEPTHWISE, (torch.float32, torch.float16)), ("3x3", torch.bfloat16)],
+    ids=str,
+)
 def test_floats(shape: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     x, weight, window = depthwise_call(shape, device, dtype)
     bias = reals(weight.shape[0]).to(device)
@@ -103,9 +103,9 @@ def test_same_padding(kernel: tuple[int, int]) -> None:
     assert make_window((3, 3), (224, 113), 2, "same", 1).padding == (1, 1, 0, 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
-    st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 7), st.integers(1, 7)),
     st.sampled_from([1, 3, 5, 7]),
     st.sampled_from([1, 3, 5]),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -146,10 +146,10 @@ def test_any_window(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_epilogue_of_codes(activation: str, backend: str, device: torch.device) -> None:
     skip_codes(backend, device)
-    x, weight, window = depthwise_call("3x3", device)
-    scale_x, scale_w = torch.tensor(0.02, device=device), reals(33).abs().to(device) * 0.01
+    x, weight, window = depthwise_call("no square", device)
+    scale_x, scale_w = torch.tensor(0.02, device=device), reals(5).abs().to(device) * 0.01
     arguments = {"scale_x": scale_x, "scale_w": scale_w, "activation": activation, **window}
-    bias = reals(33, seed=2).to(device)
+    bias = reals(5, seed=2).to(device)
     found = depthwise_conv2d(x, weight, bias, **arguments, backend=backend)
     assert found.dtype == torch.float32
     sums = exact_depthwise(x, weight, **window).to(device).double()
@@ -196,9 +196,9 @@ def test_nan_stays_where_it_is(backend: str, device: torch.device) -> None:
 @every_backend
 def test_any_memory_order(backend: str, device: torch.device) -> None:
     skip_codes(backend, device)
-    x, weight, window = depthwise_call("3x3", device)
+    x, weight, window = depthwise_call("no square", device)
     expected = exact_depthwise(x, weight, **window).int()
-    wide = codes(2, 33, 7, 18).to(device)
+    wide = codes(*x.shape[:3], 2 * x.shape[3]).to(device)
     wide[..., ::2] = x
     for image in (x.contiguous(memory_format=torch.channels_last), wide[..., ::2]):
         for kernel in (weight, weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)):
@@ -217,20 +217,20 @@ def test_weights_by_taps_are_not_copied() -> None:
     assert body.by_taps(again).data_ptr() == taps.data_ptr()
 
 
-TILES = [
+CONFIGS = [
     {"BLOCK_H": 1, "BLOCK_W": 16, "BLOCK_C": 16, "ROW": 0},
     {"BLOCK_H": 8, "BLOCK_W": 4, "BLOCK_C": 8, "ROW": 1},
     {"BLOCK_H": 16, "BLOCK_W": 16, "BLOCK_C": 64, "ROW": 0},
 ]
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_any_tiles(tiles: dict[str, int], device: torch.device) -> None:
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_any_config(config: dict[str, int], device: torch.device) -> None:
     x, weight, window = depthwise_call("3x3", device)
     raw = Epilogue(None, None, None, None, None, "none", torch.int32)
     place = Window((3, 3), window["stride"], window["padding"], window["dilation"])
     found = body.depthwise_conv2d(
-        x, weight, Convolution(place, 7, raw), {**tiles, "num_warps": 4, "num_stages": 1}
+        x, weight, Convolution(place, 7, raw, 33), {**config, "num_warps": 4, "num_stages": 1}
     )
     assert torch.equal(found.cpu(), exact_depthwise(x, weight, **window, zero_point=7).int())
 

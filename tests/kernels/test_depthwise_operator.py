@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import (
-    codes,
-    depthwise_call,
-    keeps_operator,
-    reals,
-    skip_codes,
-)
+from convolutions import codes, depthwise_call, keeps_operator, reals, skip_codes
 from torch.nn import functional
 
 from octavo.core.errors import InputError, UnsupportedError
-from octavo.kernels import (
-    depthwise_conv2d,
-    explain,
-)
+from octavo.kernels import depthwise_conv2d, explain
 from octavo.kernels.common import onednn
-from octavo.kernels.common.convolution import Convolution, make_window
+from octavo.kernels.common.convolution import Convolution, make_window, window_of
 from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.depthwise_conv2d import schema
 
@@ -41,11 +32,14 @@ def test_the_operator_is_sound(kind: str, backend: str, device: torch.device) ->
     dtype, out = OPERATOR_CASES[kind]
     x, weight, window = depthwise_call("dilated", device, dtype)
     scale = torch.tensor(0.01, device=device) if kind == "codes" else None
-    tensors = (x, weight, reals(8).to(device), scale, scale, scale)
-    numbers = (window["stride"], window["padding"], window["dilation"])
-    points = (3, -5) if kind == "codes" else (0, 0)
-    arguments = (*tensors, *numbers, "relu", *points, out, backend)
-    torch.library.opcheck(torch.ops.octavo.depthwise_conv2d, arguments)
+    epilogue = Epilogue(
+        scale, scale, reals(8).to(device), None, scale, "relu", out,
+        out_zero_point=-5 if kind == "codes" else 0,
+    )  # fmt: skip
+    place = window_of(x, weight, **window)
+    convolution = Convolution(place, 3 if kind == "codes" else 0, epilogue, 8)
+    operator = schema.OPERATOR
+    torch.library.opcheck(operator.overload, (*operator.flat(x, weight, convolution), backend))
 
 
 class Layer(torch.nn.Module):
@@ -115,13 +109,13 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = depthwise_call("3x3", torch.device("cpu"))
     depthwise_conv2d(x, weight, out_dtype=torch.int32)
     decision = explain("depthwise_conv2d")
-    assert decision.body == ("conv2d" if onednn.why_not_here() else "onednn")
+    assert decision.implementation == ("conv2d" if onednn.reason_here() else "onednn")
     depthwise_conv2d(x.float(), weight.float())
-    assert explain("depthwise_conv2d").body == "conv2d"
-    assert decision.passed_over[0][0] == "triton"
+    assert explain("depthwise_conv2d").implementation == "conv2d"
+    assert decision.reasons[0][0] == "triton"
     wide = codes(1, 1, 32, 33)
     depthwise_conv2d(wide, wide, out_dtype=torch.int32)
-    assert explain("depthwise_conv2d").body == "reference"
+    assert explain("depthwise_conv2d").implementation == "reference"
     with pytest.raises(UnsupportedError, match="sums over 1056 taps are not exact in float32"):
         depthwise_conv2d(wide, wide, out_dtype=torch.int32, backend="conv2d")
 
@@ -139,6 +133,7 @@ REALS = {"x": reals(2, 4, 5, 5), "weight": reals(4, 1, 3, 3)}
         (REALS, {"weight": QW}, "weight is torch.int8 and x torch.float32; convert one"),
         (REALS, {"weight": reals(3, 1, 3, 3)}, r"x \[2, 4, 5, 5\] and weight \[3, 1, 3, 3\] do"),
         (REALS, {"x": reals(4, 5, 5)}, r"x \[4, 5, 5\] and weight"),
+        (REALS, {"weight": torch.tensor(1.0)}, r"weight \[\] do not fit; they are \[B, C, H, W\]"),
         (REALS, {"x": reals(2, 4, 0, 5)}, r"x \[2, 4, 0, 5\] or weight .* is empty; only the"),
         (REALS, {"weight": reals(4, 1, 3, 3).to("meta")}, "weight is on meta and x on cpu; move"),
         (REALS, {"stride": 0}, "stride is 0; give a number or .vertical, horizontal., from 1"),
@@ -176,8 +171,8 @@ def test_what_is_refused(base: dict[str, Any], changes: dict[str, Any], message:
 def test_what_decides_a_bucket() -> None:
     x, weight, _ = depthwise_call("3x3", torch.device("cpu"))
     raw = Epilogue(None, None, None, None, None, "none", torch.int32)
-    one = Convolution(make_window((3, 3), (7, 9), 1, 1, 1), 0, raw)
-    two = Convolution(make_window((3, 3), (7, 9), 2, 1, 1), 0, raw)
-    assert schema.kind(x, weight, one) != schema.kind(x, weight, two)
-    kinds = [schema.kind(codes(batch, 33, 7, 9), weight, one) for batch in (5, 8, 9)]
-    assert kinds[0] == kinds[1] != kinds[2], "batches up to a power of two are alike"
+    one = Convolution(make_window((3, 3), (3, 5), 1, 1, 1), 0, raw, 33)
+    two = Convolution(make_window((3, 3), (3, 5), 2, 1, 1), 0, raw, 33)
+    assert schema.bucket(x, weight, one) != schema.bucket(x, weight, two)
+    alike = [schema.bucket(codes(batch, 33, 3, 5), weight, one) for batch in (5, 8, 9)]
+    assert alike[0] == alike[1] != alike[2], "batches up to a power of two are alike"

@@ -1,4 +1,4 @@
-"""Both halves in one kernel: codes to the bit, floats within a rounding, in all its bodies."""
+"""Both halves in one kernel: codes to the bit, floats within a rounding, however it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from convolutions import (
-    FLOATS,
     SEPARABLE,
     TOLERANCES,
     codes,
@@ -23,9 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from octavo.kernels import (
-    depthwise_separable_conv2d,
-)
+from octavo.kernels import depthwise_separable_conv2d
 from octavo.kernels.common.codes import to_int8
 from octavo.kernels.common.convolution import Convolution, Window
 from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
@@ -87,8 +84,9 @@ def test_sums_of_codes_are_exact(shape: str, backend: str, device: torch.device)
 
 
 @every_backend
-@pytest.mark.parametrize("residual", ["none", "floats", "codes"])
-@pytest.mark.parametrize("activation", ["none", "relu", "hardswish"])
+@pytest.mark.parametrize(
+    ("activation", "residual"), [("none", "floats"), ("relu", "codes"), ("hardswish", "none")]
+)
 def test_the_epilogue_of_codes(
     activation: str, residual: str, backend: str, device: torch.device
 ) -> None:
@@ -121,8 +119,11 @@ def test_the_epilogue_of_codes(
 
 
 @every_backend
-@every_shape
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*itertools.product(SEPARABLE, (torch.float32, torch.float16)), ("3x3", torch.bfloat16)],
+    ids=str,
+)
 def test_floats(shape: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     values, window = separable_call(shape, device, dtype)
     arguments = {**values, **window, "dw_activation": "relu6", "pw_activation": "silu"}
@@ -153,11 +154,11 @@ def test_the_reference_is_torchs(device: torch.device) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
-    st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 8), st.integers(1, 8)),
+    st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 5), st.integers(1, 5)),
     st.integers(1, 40),
-    st.sampled_from([1, 3, 5, 7]),
+    st.sampled_from([1, 3, 5]),
     st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.integers(1, 2),
     st.sampled_from(["same", "three"]),
@@ -199,22 +200,22 @@ def test_nan_stays_in_its_window(backend: str, device: torch.device) -> None:
     assert int(found.isnan().sum()) == 4 * found.shape[1]
 
 
-TILES = [
+CONFIGS = [
     {"BLOCK_H": 4, "BLOCK_W": 4, "BLOCK_C": 32, "BLOCK_N": 16, "ROW": 1, "num_warps": 4},
     {"BLOCK_H": 2, "BLOCK_W": 16, "BLOCK_C": 64, "BLOCK_N": 64, "ROW": 0, "num_warps": 1},
 ]
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_any_tiles(tiles: dict[str, int], device: torch.device) -> None:
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_any_config(config: dict[str, int], device: torch.device) -> None:
     values, window = separable_call("3x3", device)
     place = Window((3, 3), window["stride"], window["padding"], window["dilation"])
     one = torch.tensor(1.0, device=device)
     first = Epilogue(one, one / 300, None, None, one, "none", torch.int8)
     last = Epilogue(None, None, None, None, None, "none", torch.int32)
-    s = Separable(Convolution(place, 0, first), last)
+    s = Separable(Convolution(place, 0, first, 33), last)
     weights = values["dw_weight"], values["pw_weight"]
-    found = body.depthwise_separable_conv2d(values["x"], *weights, s, {**tiles, "num_stages": 1})
+    found = body.depthwise_separable_conv2d(values["x"], *weights, s, {**config, "num_stages": 1})
     expected = depthwise_separable_conv2d(
         values["x"], weights[0], None, weights[1], None, **window, scale_x=one,
         dw_scale=one / 300, mid_scale=one, out_dtype=torch.int32, backend="reference",

@@ -6,19 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import (
-    codes,
-    keeps_operator,
-    reals,
-    separable_call,
-)
+from convolutions import codes, keeps_operator, reals, separable_call
 from torch.nn import functional
 
 from octavo.core.errors import InputError, UnsupportedError
-from octavo.kernels import (
-    depthwise_separable_conv2d,
-    explain,
-)
+from octavo.kernels import depthwise_separable_conv2d, explain
+from octavo.kernels.common.convolution import Convolution, window_of
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.depthwise_separable_conv2d import schema
+from octavo.kernels.depthwise_separable_conv2d.reference import Separable
 
 pytest.importorskip("octavo.kernels.depthwise_separable_conv2d.triton")
 
@@ -28,17 +24,17 @@ pytest.importorskip("octavo.kernels.depthwise_separable_conv2d.triton")
 def test_the_operator_is_sound(kind: str, backend: str, device: torch.device) -> None:
     dtype = torch.float32 if kind == "floats" else torch.int8
     values, window = separable_call("stride", device, dtype)
-    scales = dict.fromkeys(("scale_x", "dw_scale", "mid_scale", "pw_scale", "out_scale"))
-    points = (0, 0, 0, 0)
-    if kind == "codes":
-        scales = dict.fromkeys(scales, torch.tensor(0.1, device=device))
-        points = (3, -4, 5, 0)
+    scale = None if kind == "floats" else torch.tensor(0.1, device=device)
+    points = (0, 0, 0) if kind == "floats" else (3, -4, 5)
     out = torch.float16 if kind == "floats" else torch.int8
-    arguments = (
-        *values.values(), None, *scales.values(), None, *window.values(),
-        "relu", "relu6", *points, out, backend,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.octavo.depthwise_separable_conv2d, arguments)
+    x, dw_weight, dw_bias, pw_weight, pw_bias = values.values()
+    first = Epilogue(scale, scale, dw_bias, None, scale, "relu", dtype, out_zero_point=points[1])
+    last = Epilogue(scale, scale, pw_bias, None, scale, "relu6", out, out_zero_point=points[2])
+    place = window_of(x, dw_weight, **window)
+    s = Separable(Convolution(place, points[0], first, len(dw_weight)), last)
+    operator = schema.OPERATOR
+    flat = operator.flat(x, dw_weight, pw_weight, s)
+    torch.library.opcheck(operator.overload, (*flat, backend))
 
 
 class Block(torch.nn.Module):
@@ -82,8 +78,8 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     values, window = separable_call("3x3", torch.device("cpu"), torch.float32)
     depthwise_separable_conv2d(**values, **window)
     decision = explain("depthwise_separable_conv2d")
-    assert decision.body == "two-kernel"
-    assert decision.passed_over[0][0] == "triton"
+    assert decision.implementation == "two-kernel"
+    assert decision.reasons[0][0] == "triton"
     with pytest.raises(UnsupportedError, match="backend 'triton' of depthwise_separable_conv2d ca"):
         depthwise_separable_conv2d(**values, **window, backend="triton")
 
@@ -121,6 +117,13 @@ CODES = {
         (CODES, {"pw_scale": torch.ones(4)}, r"pw_scale is torch.float32 \[4\]; it must be"),
         (CODES, {"out_dtype": torch.int32}, "int32 output is the accumulators alone; leave"),
         (CODES, {"residual": codes(2, 6, 3, 3)}, "residual_scale belongs to a residual of int8"),
+        (REALS, {"residual": torch.ones(6)}, r"residual is .* \[6\]; it must be .* \[2, 6, 3, 3\]"),
+        (
+            REALS,
+            {"dw_weight": torch.tensor(1.0)},
+            r"weight \[\] do not fit; they are \[B, C, H, W\]",
+        ),
+        (REALS, {"pw_weight": torch.tensor(1.0)}, r"pw_weight \[\] does not fit"),
         (REALS, {"backend": "one"}, "no backend 'one'; choose from auto, triton, two-kernel, ref"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from octavo.kernels.common.convolution import Window
 from octavo.kernels.depthwise_conv2d.configs import (
     candidates,
-    config,
+    default_config,
     loaded_pixels,
     scattered,
     unit,
@@ -38,26 +38,26 @@ def test_tiles_are_such_as_a_kernel_takes(geometry: Any, size: int) -> None:
     for channels in (3, 32, 96, 1024):
         offered = list(candidates(8, *out, channels, size))
         assert 0 < len(offered) <= 30
-        for tiles in [config(8, *out, channels, size), *offered]:
-            blocks = [tiles[name] for name in ("BLOCK_H", "BLOCK_W", "BLOCK_C")]
+        for config in [default_config(8, *out, channels, size), *offered]:
+            blocks = [config[name] for name in ("BLOCK_H", "BLOCK_W", "BLOCK_C")]
             assert all(block & (block - 1) == 0 and block > 0 for block in blocks)
-            assert math.prod(blocks) <= 32 * 32 * tiles["num_warps"]
-            assert tiles["BLOCK_C"] * size <= 128
+            assert math.prod(blocks) <= 32 * 32 * config["num_warps"]
+            assert config["BLOCK_C"] * size <= 128
             # no pixel is left out, and none is counted less than once
-            assert loaded_pixels(window, *out, tiles) >= out[0] * out[1]
+            assert loaded_pixels(window, *out, config) >= out[0] * out[1]
 
 
-def counted(window: Window, out: tuple[int, int], tiles: dict[str, int]) -> int:
+def counted(window: Window, out: tuple[int, int], config: dict[str, int]) -> int:
     """The same as `loaded_pixels`, pixel by pixel."""
     total = 0
-    for first_h in range(0, out[0], tiles["BLOCK_H"]):
-        for first_w in range(0, out[1], tiles["BLOCK_W"]):
+    for first_h in range(0, out[0], config["BLOCK_H"]):
+        for first_w in range(0, out[1], config["BLOCK_W"]):
             total += len(
                 {
                     (h * window.stride[0] + i * window.dilation[0],
                      w * window.stride[1] + j * window.dilation[1])
-                    for h in range(first_h, min(out[0], first_h + tiles["BLOCK_H"]))
-                    for w in range(first_w, min(out[1], first_w + tiles["BLOCK_W"]))
+                    for h in range(first_h, min(out[0], first_h + config["BLOCK_H"]))
+                    for w in range(first_w, min(out[1], first_w + config["BLOCK_W"]))
                     for i in range(window.kernel[0])
                     for j in range(window.kernel[1])
                 }
@@ -69,9 +69,9 @@ def counted(window: Window, out: tuple[int, int], tiles: dict[str, int]) -> int:
 @pytest.mark.parametrize("kernel", [2, 3, 5])
 def test_loaded_pixels_by_hand(kernel: int, stride: int) -> None:
     window = Window((kernel, 3), (stride, 1), (1, 1, 1, 1), (1, 1))
-    for tiles in ({"BLOCK_H": 4, "BLOCK_W": 2}, {"BLOCK_H": 8, "BLOCK_W": 16}):
+    for config in ({"BLOCK_H": 4, "BLOCK_W": 2}, {"BLOCK_H": 8, "BLOCK_W": 16}):
         out = (13, 9)
-        assert loaded_pixels(window, *out, tiles) == counted(window, out, tiles)
+        assert loaded_pixels(window, *out, config) == counted(window, out, config)
 
 
 # what the rule's tiles read of an image, where no pixel that another program read is in a cache
@@ -84,12 +84,12 @@ def test_what_the_rule_reads_again(kernel: int, size: int) -> None:
     pad = (kernel - 1) // 2
     for side in (112, 56, 28, 14):
         window = Window((kernel, kernel), (1, 1), (pad,) * 4, (1, 1))
-        found = loaded_pixels(window, side, side, config(32, side, side, 128, size))
+        found = loaded_pixels(window, side, side, default_config(32, side, side, 128, size))
         assert found <= MOST_READ[kernel] * (side + 2 * pad) ** 2
 
 
 def test_small_images_have_enough_programs() -> None:
-    few, many = (config(batch, 7, 7, 1024, 2) for batch in (1, 32))
+    few, many = (default_config(batch, 7, 7, 1024, 2) for batch in (1, 32))
     assert few["num_warps"] < many["num_warps"]
     assert few["BLOCK_H"] * few["BLOCK_W"] < many["BLOCK_H"] * many["BLOCK_W"]
 
@@ -103,14 +103,14 @@ def test_separable_tiles_are_such_as_a_kernel_takes(
 ) -> None:
     offered = list(separable.candidates(side, side, channels, outputs, size))
     assert 0 < len(offered) <= 30
-    for tiles in [separable.config(side, side, channels, outputs, size), *offered]:
-        pixels = tiles["BLOCK_H"] * tiles["BLOCK_W"]
-        assert all(tiles[f"BLOCK_{axis}"] & (tiles[f"BLOCK_{axis}"] - 1) == 0 for axis in "HWCN")
+    for config in [separable.default_config(side, side, channels, outputs, size), *offered]:
+        pixels = config["BLOCK_H"] * config["BLOCK_W"]
+        assert all(config[f"BLOCK_{axis}"] & (config[f"BLOCK_{axis}"] - 1) == 0 for axis in "HWCN")
         assert pixels >= 16
-        assert tiles["BLOCK_C"] >= 32 // size
-        assert tiles["BLOCK_N"] >= 16
-        assert separable.pieces(tiles) in (1, 2, 4)
-        assert pixels * tiles["BLOCK_N"] <= 128 * 32 * tiles["num_warps"], "registers"
+        assert config["BLOCK_C"] >= 32 // size
+        assert config["BLOCK_N"] >= 16
+        assert separable.pieces(config) in (1, 2, 4)
+        assert pixels * config["BLOCK_N"] <= 128 * 32 * config["num_warps"], "registers"
 
 
 MOBILENET = [  # side, C, N, stride
@@ -129,12 +129,12 @@ def test_what_the_separable_rule_moves(shape: tuple[int, int, int, int], size: i
     side, channels, outputs, stride = shape
     window = Window((3, 3), (stride, stride), (1, 1, 1, 1), (1, 1))
     out = window.out_size(side, side)
-    tiles = separable.config(*out, channels, outputs, size)
+    config = separable.default_config(*out, channels, outputs, size)
     result = 32 * out[0] * out[1] * outputs * size
-    read = separable.loaded_bytes(window, 32, *out, channels, outputs, size, tiles)
+    read = separable.loaded_bytes(window, 32, *out, channels, outputs, size, config)
     least = 32 * side**2 * channels * size + outputs * channels * size + result
     between = 2 * 32 * out[0] * out[1] * channels * size
-    again = math.ceil(outputs / tiles["BLOCK_N"])
+    again = math.ceil(outputs / config["BLOCK_N"])
     assert again == math.ceil(outputs / 256)
     # 10 x 10 pixels are read for 8 x 8 results, the weights of a tile by each of its programs
     weights = 32 * math.ceil(out[0] / 8) * math.ceil(out[1] / 8) * outputs * channels * size
@@ -155,10 +155,10 @@ def test_what_the_compiler_is_told_of_sizes() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_pixels_that_lie_unaligned_have_small_tiles(size: int) -> None:
     """Each value has an address then, and registers must hold them."""
-    for tiles in [config(32, 28, 28, 33, size), *candidates(32, 28, 28, 33, size)]:
-        sums = tiles["BLOCK_H"] * tiles["BLOCK_W"] * tiles["BLOCK_C"]
-        assert sums <= 4 * 32 * tiles["num_warps"]
-        assert not tiles["ROW"]
-    rule = separable.config(28, 28, 33, 33, size)
+    for config in [default_config(32, 28, 28, 33, size), *candidates(32, 28, 28, 33, size)]:
+        sums = config["BLOCK_H"] * config["BLOCK_W"] * config["BLOCK_C"]
+        assert sums <= 4 * 32 * config["num_warps"]
+        assert not config["ROW"]
+    rule = separable.default_config(28, 28, 33, 33, size)
     assert list(separable.candidates(28, 28, 33, 33, size)) == [rule]
     assert rule["BLOCK_H"] * rule["BLOCK_W"] * rule["BLOCK_C"] <= 4 * 32 * rule["num_warps"]

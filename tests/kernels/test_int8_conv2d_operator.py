@@ -1,4 +1,4 @@
-"""INT8 convolutions as an operator: registered, chosen, strict, and its tiles."""
+"""INT8 convolutions as an operator: registered, chosen, strict, and its configurations."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from convolutions import codes, dense_call, lend_poisoned
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_conv2d
-from octavo.kernels.common.convolution import Convolution, Window
+from octavo.kernels.common.convolution import Convolution, Window, window_of
 from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.int8_conv2d import cases, reference, schema
-from octavo.kernels.int8_conv2d.configs import Facts, candidates, config
+from octavo.kernels.int8_conv2d.configs import Facts, candidates, default_config
 from octavo.kernels.int8_gemm.configs import shared_limit
 
 triton_body = pytest.importorskip("octavo.kernels.int8_conv2d.triton")
@@ -29,15 +29,16 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_operator_is_sound(backend: str, device: torch.device) -> None:
     if backend == "onednn" and device.type == "cuda":
         pytest.skip("oneDNN runs on CPUs")
-    x, w, _ = dense_call("stem")
-    scales = (torch.tensor(0.01), torch.full((32,), 0.001), torch.linspace(-1, 1, 32))
-    tensors = (x, w, *scales, torch.ones(2, 32, 8, 8))
-    window = ([2, 2], [0, 1, 0, 1], [1, 1], 0)
-    arguments = (
-        *(one.to(device) for one in tensors), None, None, *window,
-        "relu", torch.float16, 0, 0, backend,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.octavo.int8_conv2d, arguments)
+    x, w, window = dense_call("stem")
+    scale, scales, bias = torch.tensor(0.01), torch.full((32,), 0.001), torch.linspace(-1, 1, 32)
+    residual = torch.ones(2, 8, 8, 32)
+    parts = (one.to(device) for one in (scale, scales, bias, residual))
+    groups = window.pop("groups")
+    epilogue = Epilogue(*parts, None, "relu", torch.float16)
+    c = Convolution(window_of(x, w, **window), 0, epilogue, groups)
+    operator = schema.OPERATOR
+    flat = operator.flat(x.to(device), w.to(device), c)
+    torch.library.opcheck(operator.overload, (*flat, backend))
 
 
 class Layer(torch.nn.Module):
@@ -62,8 +63,8 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = codes(1, 8, 3, 3), codes(4, 8, 3, 3)
     int8_conv2d(x, w, out_dtype=torch.int32)
     decision = explain("int8_conv2d")
-    assert decision.body in ("onednn", "int_mm", "reference")
-    assert decision.passed_over[0][0] == "triton"
+    assert decision.implementation in ("onednn", "int_mm", "reference")
+    assert decision.reasons[0][0] == "triton"
     with pytest.raises(UnsupportedError, match="'onednn' of int8_conv2d cannot run this: there is"):
         int8_conv2d(x[:0], w, out_dtype=torch.int32, backend="onednn")
     wide = codes(1, 1024, 1, 1)
@@ -75,34 +76,32 @@ CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_tiles_fit_the_architecture(capability: tuple[int, int]) -> None:
+def test_configs_fit_the_architecture(capability: tuple[int, int]) -> None:
     for m, n, channels, taps, groups, heavy in itertools.product(
         (1, 64, 1 << 17), (1, 24, 512), (3, 16, 33, 48, 512), (1, 9, 49), (1, 32), (False, True)
     ):
         facts = Facts(m, n, channels, taps, groups, heavy, capability)
-        rule, offered = config(facts), list(candidates(facts))
+        rule, offered = default_config(facts), list(candidates(facts))
         assert rule in offered
-        assert len(offered) == len({tuple(tiles.values()) for tiles in offered}) <= 30
-        for tiles in offered:
-            operands = (tiles["BLOCK_M"] + tiles["BLOCK_N"]) * tiles["BLOCK_K"]
-            assert tiles["num_stages"] * operands < shared_limit(capability)
-            assert tiles["BLOCK_K"] >= 32
-            outputs = tiles["BLOCK_M"] * tiles["BLOCK_N"] // (32 * tiles["num_warps"])
+        assert len(offered) == len({tuple(config.values()) for config in offered}) <= 30
+        for config in offered:
+            operands = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"]
+            assert config["num_stages"] * operands < shared_limit(capability)
+            assert config["BLOCK_K"] >= 32
+            outputs = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
             assert outputs <= 64, "more sums a thread and the epilogue spills"
 
 
 @pytest.mark.parametrize("shape", ["several blocks", "stem", "groups"])
-def test_every_tile_gives_the_same(shape: str, device: torch.device) -> None:
+def test_every_config_gives_the_same(shape: str, device: torch.device) -> None:
     x, w, window = dense_call(shape)
     groups = window.pop("groups")
     raw = Epilogue(None, None, None, None, None, "none", torch.int32)
-    c = Convolution(
-        Window(tuple(w.shape[2:]), window["stride"], window["padding"], window["dilation"]), 5, raw
-    )
+    c = Convolution(window_of(x, w, **window), 5, raw, groups)
     expected = reference.int8_conv2d(x, w, c)
     facts = Facts(64, len(w) // groups, w.shape[1], w[0, 0].numel(), groups)
-    for tiles in list(candidates(facts))[::3]:
-        found = triton_body.int8_conv2d(x.to(device), w.to(device), c, {**tiles, "GROUP_M": 2})
+    for config in list(candidates(facts))[::3]:
+        found = triton_body.int8_conv2d(x.to(device), w.to(device), c, {**config, "GROUP_M": 2})
         assert torch.equal(found.cpu(), expected)
 
 
@@ -121,11 +120,11 @@ def test_bytes_of_the_plan() -> None:
 
 def test_more_pixels_than_the_kernel_counts() -> None:
     raw = Epilogue(None, None, None, None, None, "none", torch.int32)
-    c = Convolution(Window((1, 1), (1, 1), (1, 1, 1, 1), (1, 1)), 0, raw)
+    c = Convolution(Window((1, 1), (1, 1), (1, 1, 1, 1), (1, 1)), 0, raw, 1)
     w = torch.empty(1, 1, 1, 1, dtype=torch.int8, device="meta")
     many, few = (w.new_empty(batch, 1, 1 << 15, 1 << 15) for batch in (2, 1))
-    assert schema._why_not_triton(many, w, c) == "it counts up to 2147483392 pixels"
-    assert schema._why_not_triton(few, w, c) == "the tensors are on meta"
+    assert schema._triton_reason(many, w, c) == "it counts up to 2147483392 pixels"
+    assert schema._triton_reason(few, w, c) == "the tensors are on meta"
 
 
 ONE = torch.tensor(1.0)
@@ -159,6 +158,8 @@ GOOD = {"x_q": X, "w_q": W, "scale_x": ONE, "scale_w": ONE}
         ({"scale_x": torch.ones(2)}, r"scale_x is torch.float32 \[2\]; it must be"),
         ({"bias": torch.ones(8)}, r"bias is torch.float32 \[8\]; it must be .* \[4\]"),
         ({"residual": torch.ones(2, 4, 5, 5)}, r"residual is .*; it must be .* \[2, 4, 3, 3\]"),
+        ({"residual": torch.ones(4)}, r"residual is .* \[4\]; it must be .* \[2, 4, 3, 3\]"),
+        ({"x_q": X[:, :, :0]}, "is empty; only the batch may be 0"),
         ({"residual": codes(2, 4, 3, 3)}, "residual_scale belongs to a residual of int8 codes"),
         ({"residual_scale": ONE}, "residual_scale belongs to a residual of int8 codes"),
         ({"residual_zero_point": 1}, "residual_zero_point is 1 and belongs to a residual"),

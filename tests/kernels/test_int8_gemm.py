@@ -10,14 +10,13 @@ import torch
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_gemm
 from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
-from octavo.kernels.int8_gemm import int_mm
-from octavo.kernels.int8_gemm import native as native_body
-from octavo.kernels.int8_gemm.configs import config
+from octavo.kernels.int8_gemm import int_mm, native, schema
+from octavo.kernels.int8_gemm.configs import default_config
 
 triton_body = pytest.importorskip("octavo.kernels.int8_gemm.triton")
 
 SHAPES = [(1, 5, 7), (17, 40, 33), (64, 64, 256), (130, 96, 129), (3, 200, 1000), (33, 1, 1)]
-NO_C = native_body.LIBRARY.why_not()
+NO_C = native.LIBRARY.reason()
 BACKENDS = ("triton", "int_mm", *(() if NO_C else ("native",)))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -54,12 +53,12 @@ def test_accumulators_are_exact(
 @every_backend
 def test_the_largest_sum_there_is(backend: str, device: torch.device) -> None:
     x = torch.full((2, 131071), -128, dtype=torch.int8, device=device)
-    tiles = {**config(1, 16, 131071), "BLOCK_N": 16, "SPLIT_K": 2}
+    config = {**default_config(1, 16, 131071), "BLOCK_N": 16, "SPLIT_K": 2}
     if device.type == "cpu":  # few steps, for the interpreter
-        tiles["BLOCK_K"] = 8192
+        config["BLOCK_K"] = 8192
     if backend == "triton":
         raw = Epilogue(None, None, None, None, None, "none", torch.int32)
-        found = triton_body.int8_gemm(x, x[:1], raw, tiles)
+        found = triton_body.int8_gemm(x, x[:1], raw, config)
     else:
         found = int8_gemm(x, x[:1], out_dtype=torch.int32, backend=backend)
     assert found.tolist() == [[131071 * 128**2]] * 2
@@ -142,10 +141,13 @@ def test_nothing_to_multiply(shape: tuple[int, int, int], device: torch.device) 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_the_operator_is_sound(backend: str, device: torch.device) -> None:
-    values = case(4, 24, 32, device)
-    parts = [values[name] for name in ("x_q", "w_q", "scale_x", "scale_w", "bias", "residual")]
-    arguments = (*parts, None, None, "relu", torch.float16, 0, 0, backend)
-    torch.library.opcheck(torch.ops.octavo.int8_gemm, arguments)
+    x, w, *scales, bias, residual = (
+        case(4, 24, 32, device)[name]
+        for name in ("x_q", "w_q", "scale_x", "scale_w", "bias", "residual")
+    )
+    epilogue = Epilogue(*scales, bias, residual, None, "relu", torch.float16)
+    operator = schema.OPERATOR
+    torch.library.opcheck(operator.overload, (*operator.flat(x, w, epilogue), backend))
 
 
 class Layer(torch.nn.Module):
@@ -166,7 +168,7 @@ def test_compile_and_export_keep_it_whole() -> None:
 def test_c_is_the_first_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     int8_gemm(codes(2, 8), codes(4, 8), out_dtype=torch.int32)
-    assert explain("int8_gemm").body == "native"
+    assert explain("int8_gemm").implementation == "native"
 
 
 @pytest.mark.usefixtures("without_native")
@@ -174,8 +176,8 @@ def test_the_choice_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     int8_gemm(codes(2, 8), codes(4, 8), out_dtype=torch.int32)
     decision = explain("int8_gemm")
-    assert decision.body in ("int_mm", "reference")
-    assert decision.passed_over[0][0] == "triton"
+    assert decision.implementation in ("int_mm", "reference")
+    assert decision.reasons[0][0] == "triton"
     with pytest.raises(
         UnsupportedError, match="backend 'int_mm' of int8_gemm cannot run this: there"
     ):
@@ -212,7 +214,7 @@ GOOD = {"x_q": codes(2, 8), "w_q": codes(4, 8), "scale_x": ONE, "scale_w": ONE}
         ({"scale_w": ONE.half()}, r"scale_w is torch.float16 \[\]; it must be torch.float32"),
         ({"bias": torch.ones(2)}, r"bias is torch.float32 \[2\]; it must be .* \[4\]"),
         ({"residual": torch.ones(4)}, r"residual is torch.float32 \[4\]; it must be .* \[2, 4\]"),
-        ({"bias": torch.ones(4, device="meta")}, "bias is on meta and x_q on cpu; move one"),
+        ({"bias": torch.ones(4, device="meta")}, "bias is on meta and x on cpu; move one"),
         (
             {"backend": "cublas"},
             "no backend 'cublas'; choose from auto, triton, native, int_mm, reference",

@@ -14,7 +14,7 @@ from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.int8_gemm.reference import int8_gemm as oracle
 
-pytestmark = pytest.mark.skipif(bool(native.LIBRARY.why_not()), reason=native.LIBRARY.why_not())
+pytestmark = pytest.mark.skipif(bool(native.LIBRARY.reason()), reason=native.LIBRARY.reason())
 
 
 def codes(*shape: int, seed: int = 0) -> torch.Tensor:

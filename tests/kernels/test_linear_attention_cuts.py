@@ -10,8 +10,7 @@ import pytest
 import torch
 from attention_inputs import some_state, tokens
 
-from octavo.kernels.linear_attention import configs as tiles
-from octavo.kernels.linear_attention import traffic
+from octavo.kernels.linear_attention import configs, traffic
 from octavo.kernels.linear_attention.reference import EPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")
@@ -24,13 +23,13 @@ SIZES = ((16, 16), (40, 80), (64, 64), (128, 128), (256, 32), (256, 256))
 def test_every_cut_can_run(kind: str, causal: bool) -> None:
     for (d, e), rows in itertools.product(SIZES, (1, 1000, 1 << 16)):
         options: dict[str, Any] = {"kind": kind, "causal": causal}
-        rule = tiles.config(rows, 16, d, e, **options)
-        offered = list(tiles.candidates(rows, 16, d, e, **options))
+        rule = configs.default_config(rows, 16, d, e, **options)
+        offered = list(configs.candidates(rows, 16, d, e, **options))
         assert len({tuple(one.values()) for one in offered}) == len(offered) <= 32
         for one in (rule, *offered):
             assert list(one) == list(rule)
             assert one["CHUNK"] % one["BLOCK_T"] == 0
-            assert 32 <= one["BLOCK_E"] <= max(32, tiles.padded(e))
+            assert 32 <= one["BLOCK_E"] <= max(32, configs.padded(e))
             assert one["BLOCK_T"] <= 256
 
 
@@ -66,21 +65,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
 
 @pytest.mark.parametrize(("causal", "block_k"), [(False, 0), (True, 0), (True, 16)])
 @pytest.mark.parametrize("extra", [False, True])
-@pytest.mark.parametrize("rows", [20, 40])
+@pytest.mark.parametrize(("batch", "rows"), [(2, 20), (1, 40)], ids=["one chunk", "two chunks"])
 def test_bytes_are_what_the_kernels_load_and_store(
+    batch: int,
     rows: int,
     extra: bool,
     causal: bool,
     block_k: int,
     counted: Callable[[Callable[[], object]], int],
 ) -> None:
-    state = some_state(2, 1, 20, 40) if extra else None
+    state = some_state(batch, 1, 20, 40) if extra else None
     chosen = {"CHUNK": 32, "BLOCK_T": 16, "BLOCK_K": block_k, "BLOCK_E": 32}
     chosen |= {"num_warps": 4, "num_stages": 1}
     options = Options(None, None, *(state or (None, None)), "elu+1", causal, extra, EPS)
-    inputs = tokens(2, rows, 1, 20, 40)
+    inputs = tokens(batch, rows, 1, 20, 40)
     flags: dict[str, Any] = {"kind": "fp32", "causal": causal, "carried": extra, "returned": extra}
-    found, _ = traffic.moved_bytes((rows, rows), 2, 1, (20, 40), chosen, **flags)
+    found, _ = traffic.moved_bytes((rows, rows), batch, 1, (20, 40), chosen, **flags)
     assert counted(lambda: body.linear_attention(*inputs, options, chosen)) == found
 
 
@@ -92,7 +92,7 @@ def test_bytes_of_a_step(
 ) -> None:
     monkeypatch.setattr(body, "_processors", lambda _: processors)
     token = [x[:, 0] for x in tokens(2, 1, 3, 20, 40, torch.float16)]
-    block_e, split = tiles.of_step(6, 20, 40, processors)
+    block_e, split = configs.of_step(6, 20, 40, processors)
     assert (block_e, split) == ((64, False) if processors == 1 else (8, True))
     expected = traffic.moved_bytes_of_step(2, 3, (20, 40), block_e, split, kind="fp16")
     state = some_state(2, 3, 20, 40)
@@ -105,7 +105,7 @@ def test_a_step_fills_the_gpu_and_moves_little_more_than_the_state(
     batch: int, heads: tuple[int, int]
 ) -> None:
     count, d = heads
-    block_e, split = tiles.of_step(batch * count, d, d)
+    block_e, split = configs.of_step(batch * count, d, d)
     programs = batch * count * (-(-d // block_e) if split else 1)
     assert programs >= min(132, batch * count * d // 8)
     found = traffic.moved_bytes_of_step(batch, count, (d, d), block_e, split, kind="bf16")
@@ -134,7 +134,7 @@ def test_bytes_against_the_least(
     batch, rows, heads, d = shape
     for is_causal, bound in ((False, all_keys), (True, causal)):
         kind: dict[str, Any] = {"kind": "bf16", "causal": is_causal}
-        chosen = tiles.config(batch * rows, heads, d, d, **kind)
+        chosen = configs.default_config(batch * rows, heads, d, d, **kind)
         found, least = traffic.moved_bytes((rows, rows), batch, heads, (d, d), chosen, **kind)
         assert least == 4 * 2 * batch * rows * heads * d
         assert 1 <= found / least <= bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kernels import State, linear_attention, linear_attention_step
-from octavo.kernels.linear_attention import configs as tiles
-from octavo.kernels.linear_attention import reference
+from octavo.kernels.linear_attention import configs, reference
 from octavo.kernels.linear_attention.reference import EPS, FEATURE_MAPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")
@@ -22,7 +22,6 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
 """Relative error norms. float16 and bfloat16: about that of one rounding of features, weights or
 state to TF32 or bfloat16, and one of the result (which the interpreter cuts off)."""
 PAIRS = {**SMALL, "BLOCK_K": 16}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 every_form = pytest.mark.parametrize(
     ("causal", "chosen"),
     [(False, SMALL), (True, SMALL), (True, PAIRS)],
@@ -72,34 +71,55 @@ def compare(
         assert float(error) <= TOLERANCES[q.dtype] * float(two.double().norm()) + 1e-30
 
 
-@every_dtype
 @every_form
-@pytest.mark.parametrize("rows", [0, 1, 17, 63, 64, 65])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        *((rows, torch.float32) for rows in (0, 1, 17, 64, 65)),
+        (65, torch.float16),
+        (65, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_lengths(
-    rows: int, causal: bool, chosen: Any, dtype: torch.dtype, device: torch.device
+    rows: int, dtype: torch.dtype, causal: bool, chosen: Any, device: torch.device
 ) -> None:
     compare(*tokens(1, rows, 1, 16, 16, dtype), device, chosen, causal=causal)
 
 
-@pytest.mark.parametrize(("d", "e"), [(16, 40), (40, 16), (64, 17), (80, 64), (128, 5), (256, 32)])
+@pytest.mark.parametrize(("d", "e"), [(16, 40), (80, 17), (256, 5)])
 @every_form
 def test_head_dimensions(d: int, e: int, causal: bool, chosen: Any, device: torch.device) -> None:
     state = some_state(1, 1, d, e)
-    compare(*tokens(1, 40, 1, d, e), device, chosen, causal=causal, initial=state)
+    compare(*tokens(1, 33, 1, d, e), device, chosen, causal=causal, initial=state)
 
 
-@every_dtype
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("d", "e"), [(40, 80), (128, 40), (256, 256)])
+@pytest.mark.parametrize(
+    ("d", "e", "dtype", "causal"),
+    [
+        *itertools.product((40, 128, 256), (40,), TOLERANCES, (False, True)),
+        (40, 80, torch.float16, False),
+        (256, 256, torch.bfloat16, True),  # the widest block of any
+    ],
+    ids=str,
+)
 def test_cuts_by_rule(
-    d: int, e: int, causal: bool, dtype: torch.dtype, device: torch.device
+    d: int, e: int, dtype: torch.dtype, causal: bool, device: torch.device
 ) -> None:
-    chosen = tiles.config(40, 1, d, e, kind=body.KINDS[dtype], causal=causal)
-    compare(*tokens(1, 40, 1, d, e, dtype), device, chosen, causal=causal)
+    chosen = configs.default_config(33, 1, d, e, kind=body.KINDS[dtype], causal=causal)
+    summed = not chosen["BLOCK_K"]  # pairs leave the state to the kernel of those without
+    compare(*tokens(1, 33, 1, d, e, dtype), device, chosen, causal=causal, return_state=summed)
 
 
-@every_dtype
-@every_form
+@pytest.mark.parametrize(
+    ("causal", "chosen", "dtype"),
+    [
+        (False, SMALL, torch.bfloat16),
+        (True, SMALL, torch.float32),
+        (True, PAIRS, torch.float16),
+    ],
+    ids=["all keys", "causal", "pairs"],
+)
 def test_packed_masked_sequences_with_states(
     causal: bool, chosen: Any, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -127,6 +147,7 @@ def test_feature_maps(feature_map: str, causal: bool, chosen: Any, device: torch
         k,
         v,
         device,
+        chosen,
         causal=causal,
         feature_map=feature_map,
         key_padding_mask=mask_of(2, 40, first=False),
@@ -139,7 +160,7 @@ def test_as_many_queries_as_one_likes(queries: int, keys: int, device: torch.dev
     compare(q[:, :queries], k[:, :keys], v[:, :keys], device)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(0, 70), st.integers(1, 2)),
     head=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -190,18 +211,21 @@ def test_any_call(
     )
 
 
-@every_dtype
-@pytest.mark.parametrize("feature_map", ["elu+1", "relu"])
+@pytest.mark.parametrize(
+    ("feature_map", "dtype"),
+    [("elu+1", torch.float32), ("elu+1", torch.float16), ("relu", torch.bfloat16)],
+    ids=str,
+)
 def test_steps(feature_map: str, dtype: torch.dtype, device: torch.device) -> None:
     """Chunked and recurrent kernels agree with each other and with the reference."""
-    inputs = [x.to(device) for x in tokens(2, 5, 2, 24, 20, dtype)]
+    inputs = [x.to(device) for x in tokens(2, 3, 2, 24, 20, dtype)]
     first = State(*(x.to(device) for x in some_state(2, 2, 24, 20)))
     states = [State(*(x.clone() for x in first)) for _ in range(2)]
     options: dict[str, Any] = {"feature_map": feature_map, "backend": "triton"}
     whole, end = linear_attention(
         *inputs, causal=True, initial_state=first, return_state=True, **options
     )
-    for t in range(5):
+    for t in range(3):
         token = [x[:, t] for x in inputs]
         found = linear_attention_step(*token, states[0], **options)
         expected = linear_attention_step(
@@ -220,7 +244,7 @@ def test_a_state_is_taken_in_parts(
     processors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One after another, or where that fills the GPU by a program each."""
-    monkeypatch.setattr(tiles, "STEP_BLOCK", 1024)
+    monkeypatch.setattr(configs, "STEP_BLOCK", 1024)
     monkeypatch.setattr(body, "_processors", lambda _: processors)
     q, k, v = (x[:, 0].to(device) for x in tokens(3, 1, 2, 40, 50))
     states = [State(*(x.to(device) for x in some_state(3, 2, 40, 50))) for _ in range(2)]
@@ -234,7 +258,7 @@ def test_a_state_is_taken_in_parts(
 
 @pytest.mark.parametrize("chosen", [SMALL, PAIRS], ids=["causal", "pairs"])
 def test_it_is_deterministic(chosen: Any, device: torch.device) -> None:
-    inputs = [x.to(device) for x in tokens(1, 100, 1, 16, 16)]
+    inputs = [x.to(device) for x in tokens(1, 50, 1, 16, 16)]
     options = Options(None, None, None, None, "elu+1", True, True, EPS)
     one, two = (body.linear_attention(*inputs, options, chosen) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -21,7 +21,9 @@ from recurrent_layers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.kernels.recurrent import weights as recurrent_weights
+from octavo.kernels.recurrent import schema
+from octavo.kernels.recurrent.weights import Inputs
+from octavo.quant.weights import QuantizedWeight
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -39,6 +41,7 @@ def test_every_buffer_that_is_new_counts(
     use(way, monkeypatch)
     with torch.inference_mode(inference):
         _, layer = pair(kind, 6, 8, bidirectional=True)
+        fresh = PAIRS[kind][1](6, 8, bidirectional=True)
         x = torch.randn(4, 3, 6)
         before = layer(x)[0]
         for start in BUFFERS:
@@ -50,19 +53,20 @@ def test_every_buffer_that_is_new_counts(
                 layer.get_buffer(name).copy_(value.flip(0))
                 after = layer(x)[0]
                 assert not torch.equal(after, before), name
-                fresh = PAIRS[kind][1](6, 8, bidirectional=True)
-                fresh.load_state_dict(layer.state_dict())
-                assert torch.equal(fresh(x)[0], after), name
                 before = after
+            fresh.load_state_dict(layer.state_dict())
+            assert torch.equal(fresh(x)[0], before), start
 
 
 @every_kind
 def test_what_is_remembered_ends_with_the_layer(kind: str) -> None:
     _, layer = pair(kind, 6, 8, bidirectional=True)
     layer(torch.randn(4, 3, 6))
-    weights = layer._weights(["_l0", "_l0_reverse"])
-    own = recurrent_weights.derived(weights)
-    assert recurrent_weights.derived(weights) is own
+    ends = ["_l0", "_l0_reverse"]
+    nothing = torch.empty(0)
+    weights = layer._weights("ih", ends), layer._weights("hh", ends)
+    own = Inputs(nothing, nothing, *weights, None).derived
+    assert Inputs(nothing, nothing, *weights, None).derived is own
     gone = weakref.ref(own)
     del layer, weights, own
     gc.collect()
@@ -86,16 +90,17 @@ def test_large_and_small_first_states_in_a_batch(
 
 
 @every_kind
-def test_the_operator_and_its_body_agree(kind: str) -> None:
-    _, layer = pair(kind, 6, 8, bidirectional=True)
+def test_the_operator_gives_what_a_plain_call_gives(kind: str) -> None:
     x = torch.randn(5, 3, 6)
-    for states in (None, as_argument(first_states(layer, 3, 2.0))):
-        expected = flat(layer(x, states))
-        with TorchDispatchLog() as log:
-            found = flat(layer(x, states))
-        assert any("octavo.int8_" in name for name in log.names)
-        for one, other in zip(expected, found, strict=True):
-            assert torch.equal(one, other)
+    for bias in (True, False):
+        _, layer = pair(kind, 6, 8, bidirectional=True, bias=bias)
+        for states in (None, as_argument(first_states(layer, 3, 2.0))):
+            expected = flat(layer(x, states))
+            with TorchDispatchLog() as log:
+                found = flat(layer(x, states))
+            assert f"octavo.int8_{kind.lower()}_steps.default" in log.names
+            for one, other in zip(expected, found, strict=True):
+                assert torch.equal(one, other)
 
 
 class TorchDispatchLog(TorchDispatchMode):
@@ -127,15 +132,22 @@ def test_state_dict_and_deepcopy(kind: str, way: str, monkeypatch: pytest.Monkey
 
 
 def test_the_operators_are_sound() -> None:
-    sizes = torch.tensor([3, 3, 2, 1])
-    for name, gates in (("int8_lstm_steps", 4), ("int8_gru_steps", 3)):
-        width = gates * 5
-        codes = [torch.randint(-127, 128, (width, k)).to(torch.int8) for k in (6, 5)]
-        inputs = (
-            torch.randint(-127, 128, (4, 1, 3, 6)).to(torch.int8), torch.rand(4, 1, 3),
-            codes[:1], [torch.rand(width) / 99], [torch.rand(width)],
-            codes[1:], [torch.rand(width) / 99], [torch.rand(width)], sizes,
-        )  # fmt: skip
-        states = [torch.randn(1, 3, 5) for _ in range(2 if gates == 4 else 1)]
-        for given in (states, [None] * len(states)):
-            torch.library.opcheck(getattr(torch.ops.octavo, name).default, (*inputs, *given))
+    """An LSTM with first states and rows that end, and a GRU of two directions without biases."""
+
+    def weight(n: int, k: int, bias: bool) -> QuantizedWeight:
+        values = torch.randint(-127, 128, (n, k)).to(torch.int8)
+        return QuantizedWeight(values, torch.rand(n) / 99, bias=torch.rand(n) if bias else None)
+
+    for operator, gates, ways, sizes in (
+        (schema.LSTM_OPERATOR, 4, 1, torch.tensor([3, 3, 2, 1])),
+        (schema.GRU_OPERATOR, 3, 2, None),
+    ):
+        codes = torch.randint(-127, 128, (4, ways, 3, 6)).to(torch.int8)
+        first, recurrent = (
+            tuple(weight(gates * 5, k, sizes is not None) for _ in range(ways)) for k in (6, 5)
+        )
+        states = [torch.randn(ways, 3, 5)] * 2 if gates == 4 else [None]
+        given = operator.flat(codes, torch.rand(4, ways, 3), first, recurrent, sizes, *states)
+        torch.library.opcheck(operator.overload, (*given, "auto"))
+        alias = "test_schema"  # whether an implementation writes to its arguments, or returns one
+        torch.library.opcheck(operator.overload, (*given, "reference"), test_utils=alias)

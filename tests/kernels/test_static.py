@@ -45,9 +45,9 @@ def test_every_product_of_64_rows_uses_wgmma() -> None:
     assert len(found) > 15
     assert [row["kernel"] for row in found if "wgmma" not in row] == []
     offered = {
-        "x".join(str(tiles[f"BLOCK_{axis}"]) for axis in "MN")
+        "x".join(str(config[f"BLOCK_{axis}"]) for axis in "MN")
         for m in (64, 512, 8192)
-        for tiles in candidates(m, 4096, 4096, capability=(9, 0))
+        for config in candidates(m, 4096, 4096, capability=(9, 0))
     }
     blocks = {
         row["kernel"].split(" by ")[1].split(",")[0] for row in found if " by " in row["kernel"]

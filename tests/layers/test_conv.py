@@ -18,6 +18,7 @@ from octavo.layers import Int8Conv2d
 from octavo.layers.convolution.int8 import signed
 from octavo.layers.convolution.separable import Int8DepthwiseSeparableConv2d
 from octavo.quant import PerChannel, QParams, choose_qparams, dequantize, quantize
+from octavo.quant.weights import QuantizedWeight
 
 UNSIGNED = QParams(torch.tensor(0.02), torch.tensor(100), "uint8")
 SYMMETRIC = QParams(torch.tensor(0.02), torch.tensor(0), "int8")
@@ -233,7 +234,7 @@ def test_a_bias_that_sums_cannot_hold() -> None:
     bias = torch.full((12,), 2**31 - 1, dtype=torch.int32)
     ones = torch.ones(12, 8, 3, 3, dtype=torch.int8)
     with pytest.raises(InputError, match=r"zero point -128 need 2147492863 steps, and int32 has"):
-        layer.set_weights(ones, torch.ones(12), bias)
+        layer.set_weight(QuantizedWeight(ones, torch.ones(12), bias=bias))
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "hardswish", "silu"])

@@ -40,7 +40,7 @@ def expected(a: int, b: int, forms: list[QParams], *, relu: bool) -> int:
 @pytest.mark.parametrize("low", [-1.3, -0.01, 0.0])
 def test_sums_of_codes_are_exact(activation: str, low: float) -> None:
     forms = [qparams_from_range(start, 2.9 - start, "uint8") for start in (low, -2.1, low / 2)]
-    layer = Int8Add.under(*forms, activation)
+    layer = Int8Add.from_qparams(*forms, activation)
     a, b = codes(700, 1), codes(700, 2)
     wanted = [
         expected(int(one), int(two), forms, relu=activation == "relu")
@@ -56,7 +56,7 @@ def test_sums_of_codes_are_exact(activation: str, low: float) -> None:
 @torch.no_grad()
 def test_layouts_and_inputs_are_kept() -> None:
     forms = [qparams_from_range(-1.0, 2.0, "uint8")] * 3
-    layer = Int8Add.under(*forms)
+    layer = Int8Add.from_qparams(*forms)
     a = torch.randint(-128, 128, (2, 5, 7, 3), dtype=torch.int8)
     a = a.contiguous(memory_format=torch.channels_last)
     kept = a.clone()

@@ -13,7 +13,9 @@ from torch._inductor.utils import run_and_get_code
 from octavo.core.errors import InputError
 from octavo.kernels.int8_gemm.native import LIBRARY
 from octavo.layers import Int8Linear, WeightOnlyLinear
+from octavo.layers.linear.int8 import rows_of
 from octavo.layers.module import QuantizedModule
+from octavo.quant.weights import QuantizedWeight
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def weight_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("shape", [(96,), (5, 96), (2, 3, 96), (0, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(96,), (2, 3, 96), (0, 96)], ids=str)
 def test_dynamic_arithmetic(linear: nn.Linear, shape: tuple[int, ...], smooth: bool) -> None:
     factors = torch.rand(96, generator=torch.Generator().manual_seed(2)) + 0.5
     layer = Int8Linear.from_float(linear, smooth=factors if smooth else None)
@@ -100,7 +102,21 @@ def test_rows_are_a_part_of_the_whole(linear: nn.Linear, kind: str) -> None:
         scale = torch.tensor(0.03) if kind == "static" else None
         layer = Int8Linear.from_float(linear, input_scale=scale)
     x = rows(5, 96)
-    torch.testing.assert_close(layer(x, slice(8, 24)), layer(x)[:, 8:24], rtol=1e-6, atol=1e-6)
+    for _ in range(2):
+        found = layer(x, slice(8, 24))
+        torch.testing.assert_close(found, layer(x)[:, 8:24], rtol=1e-6, atol=1e-6)
+        layer.weight.copy_(layer.weight.flip(0))  # what is packed of some rows changes with it
+
+
+def test_some_rows_are_one_tensor_in_every_call(linear: nn.Linear) -> None:
+    """So that kernels find what they have packed of it."""
+    layer = Int8Linear.from_float(linear)
+    weight = QuantizedWeight(layer.weight, layer.weight_scale, bias=layer.bias)
+    some = rows_of(weight, slice(8, 24))
+    assert rows_of(weight, slice(8, 24)).values is some.values
+    assert rows_of(weight, slice(8, 32)).values.shape == (24, 96)
+    for part, whole in zip(some[:4], weight[:4], strict=True):
+        assert part is whole is None or torch.equal(part, whole[8:24])
 
 
 def test_no_bias_and_half_types() -> None:
@@ -161,14 +177,21 @@ def test_copies_and_state_dicts(linear: nn.Linear) -> None:
         assert not list(layer.parameters())
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_compile_and_export_give_the_eager_result(linear: nn.Linear, number: int) -> None:
-    layer, x = layers(linear)[number], rows(5, 96)
-    expected = layer(x)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-6, atol=1e-6)
-    exported = torch.export.export(layer, (x,)).module()
-    torch.testing.assert_close(exported(x), expected, rtol=1e-6, atol=1e-6)
+class Every(nn.ModuleList):
+    """Layers side by side, which are so compiled at once."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self]
+
+
+def test_compile_and_export_give_the_eager_result(linear: nn.Linear) -> None:
+    model, x = Every(layers(linear)), rows(5, 96)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(model, (x,)).module()
+    for run in (compiled, exported):
+        for found, wanted in zip(run(x), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     torch.compiler.reset()
 
 
@@ -180,6 +203,11 @@ def test_compile_and_export_give_the_eager_result(linear: nn.Linear, number: int
         (
             lambda: Int8Linear.from_float(nn.Linear(4, 4), input_scale=torch.tensor(torch.nan)),
             "input_scale has values that are not positive and finite",
+        ),
+        (lambda: Int8Linear(4, 4, zero_point=3), "zero_point is 3; only static layers with a bias"),
+        (
+            lambda: Int8Linear(4, 4, static=True, bias=False, zero_point=3),
+            "zero_point is 3; only static layers with a bias",
         ),
         (lambda: WeightOnlyLinear(96, 4, bits=5), "bits is 5; use 8, 4, 3 or 2"),
         (lambda: WeightOnlyLinear(96, 4, bits=4, group_size=64), "group_size 64 does not divide"),
@@ -215,16 +243,17 @@ def test_inductor_computes_an_activation_once_for_all_its_readers() -> None:
     gelu, after = Int8Linear.from_float(first, activation="gelu"), Int8Linear.from_float(second)
     x = torch.randn(9, 64)
     with torch.no_grad():
-        one, _ = run_and_get_code(torch.compile(gelu, fullgraph=True), x)
         both = nn.Sequential(gelu, after)
-        two, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), x)
-    torch.testing.assert_close(one, gelu(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(two, both(x), rtol=2e-2, atol=2e-2)
+        found, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), x)
+    error = (found - both(x)).abs()
+    # the last bit of an activation may lead to the next code, which changes its row
+    assert float(error.median()) < 1e-6
+    assert float(error.max()) < 2e-2
     assert code.count(".erf()") == 1, code
     assert "octavo.int8_gemm" not in code
 
 
-@pytest.mark.skipif(bool(LIBRARY.why_not()), reason=LIBRARY.why_not())
+@pytest.mark.skipif(bool(LIBRARY.reason()), reason=LIBRARY.reason())
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_calls_the_products_in_c() -> None:
     torch.manual_seed(0)
@@ -236,4 +265,5 @@ def test_inductor_calls_the_products_in_c() -> None:
     with torch.no_grad():
         found, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), x)
     torch.testing.assert_close(found, both(x), rtol=1e-6, atol=1e-6)
-    assert code.count("torch.ops.octavo.native_int8_gemm.default(") == 2, code
+    for operator in ("dynamic_quantize", "int8_gemm"):
+        assert code.count(f"torch.ops.octavo.{operator}.default(") == 2, code

@@ -10,7 +10,7 @@ from torch import nn
 
 from octavo.core.errors import InputError
 from octavo.layers import MultiheadAttention
-from octavo.layers.attention.multihead import why_not_taken_apart
+from octavo.layers.attention.multihead import decompose_reason
 
 PADDING = torch.tensor([[False] * 5, [False, False, False, True, True]])
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
@@ -83,11 +83,11 @@ def test_what_stays_in_one_piece() -> None:
     class Own(nn.MultiheadAttention):
         pass
 
-    assert "kdim, vdim" in why_not_taken_apart(attention(kdim=12))
-    assert "add_bias_kv" in why_not_taken_apart(attention(add_bias_kv=True))
-    assert "add_zero_attn" in why_not_taken_apart(attention(add_zero_attn=True))
-    assert "Own may compute something else" in why_not_taken_apart(Own(8, 2))
-    assert why_not_taken_apart(attention()) == ""
+    assert "kdim, vdim" in decompose_reason(attention(kdim=12))
+    assert "add_bias_kv" in decompose_reason(attention(add_bias_kv=True))
+    assert "add_zero_attn" in decompose_reason(attention(add_zero_attn=True))
+    assert "Own may compute something else" in decompose_reason(Own(8, 2))
+    assert decompose_reason(attention()) == ""
 
 
 def test_what_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Projections that are given one tensor quantize it once, and never use what is out of date."""
+"""Layers that are given one tensor quantize it once, and never use what is out of date."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import nn
 import octavo
 from octavo import Int8Dynamic
 from octavo.core.errors import InputError
-from octavo.kernels.dynamic_quantize import native
+from octavo.kernels.dynamic_quantize import native, schema
 from octavo.layers import Int8Linear
-from octavo.layers.linear.shared_codes import SharedCodes
+from octavo.layers.linear.shared_codes import SharedInput
 
 
 class Attention(nn.Module):
@@ -61,43 +61,65 @@ def alone(model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What is quantized in eager mode."""
     seen: list[torch.Tensor] = []
-    codes = SharedCodes.codes
+    operator = schema.OPERATOR
 
-    def counting(self: SharedCodes, x: torch.Tensor, quantize: Any) -> Any:
-        last = self._last
-        if not (last and last[0] is x and last[1] is quantize):
-            seen.append(x)
-        return codes(self, x, quantize)
+    def counting(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append(x)
+        return operator(x, *rest, **options)
 
-    monkeypatch.setattr(SharedCodes, "codes", counting)
+    monkeypatch.setattr(schema, "OPERATOR", counting)
     return seen
 
 
 def test_once_for_self_attention_and_twice_for_cross_attention(
-    counted: list[torch.Tensor],
+    quantizations: list[torch.Tensor],
 ) -> None:
     model, x, memory = quantized(), torch.randn(2, 5, 64), torch.randn(2, 7, 64)
-    assert torch.equal(model(x), alone(model)(x))
-    assert len(counted) == 1
-    attention = model[0]
-    assert torch.equal(attention(x, memory), alone(attention)(x, memory))
-    assert len(counted) == 3
+    found = model(x)
+    assert [id(one) for one in quantizations] == [id(x)]
+    assert torch.equal(found, alone(model)(x))
+    quantizations.clear()
+    found = model[0](x, memory)
+    assert [id(one) for one in quantizations] == [id(x), id(memory)]
+    assert torch.equal(found, alone(model)[0](x, memory))
 
 
-@pytest.mark.parametrize("kind", ["export", "compile"])
-def test_a_compiler_sees_one_quantization(kind: str) -> None:
-    operator = "octavo.dynamic_quantize" if kind == "export" else "octavo.native_quantize_rows"
-    if kind == "compile" and native.LIBRARY.why_not():
-        operator = "torch.round"
-    assert _seen(kind).count(operator) == 1
+def test_what_is_put_is_for_one_tensor_and_one_call(quantizations: list[torch.Tensor]) -> None:
+    """As a norm does that quantizes its result for the layer behind it."""
+    shared, module, x = SharedInput(), nn.Identity(), torch.randn(3, 8)
+    made = schema.dynamic_quantize(x)
+    quantizations.clear()
+    shared.put(x, made)
+    shared.quantized(x)
+    assert len(quantizations) == 1, "nothing is kept before the module is called"
+    shared.begin(module, ())
+    shared.put(x, made)
+    assert shared.quantized(x) is made
+    assert shared.quantized(x.clone()) is not made
+    assert shared.quantized(x) is not made, "the last tensor is the one that is known"
+    assert len(quantizations) == 3
+    shared.put(x, made)
+    shared.end(module, (), None)
+    assert shared.quantized(x) is not made
+
+
+def test_an_exported_program_quantizes_once() -> None:
+    assert _seen("export").count("octavo.dynamic_quantize") == 1
+
+
+@pytest.mark.skipif(bool(native.LIBRARY.reason()), reason=native.LIBRARY.reason())
+def test_a_compiler_sees_one_quantization() -> None:
+    assert _seen("compile").count("octavo.dynamic_quantize") == 1
 
 
 @pytest.mark.usefixtures("without_native")
 def test_a_compiler_sees_one_quantization_in_plain_operations() -> None:
-    assert _seen("compile").count("torch.round") == 1
+    code = _seen("compile")
+    assert code.count("torch.round") == 1
+    assert "octavo.dynamic_quantize" not in code
 
 
 def _seen(kind: str) -> str:

@@ -14,6 +14,7 @@ from octavo.kernels.common.convolution import in_kernel_order
 from octavo.layers import FusedConv2d, FusedSeparableConv2d, Int8Conv2d
 from octavo.layers.convolution import fused
 from octavo.layers.convolution.separable import Int8DepthwiseSeparableConv2d
+from octavo.quant.weights import QuantizedWeight
 
 FORMS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "depthwise": ((16, 16, 3), {"groups": 16, "padding": 1}),
@@ -53,7 +54,8 @@ def images(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def test_int8_weights_are_not_copied(form: str, copied: list[tuple[int, ...]]) -> None:
     sizes, options = FORMS[form]
     layer = Int8Conv2d(*sizes, **options, in_codes=True)
-    layer.set_weights(images(*layer.weight.shape, dtype=torch.int8), torch.ones(sizes[1]), None)
+    values = images(*layer.weight.shape, dtype=torch.int8)
+    layer.set_weight(QuantizedWeight(values, torch.ones(sizes[1])))
     restored = Int8Conv2d(*sizes, **options, in_codes=True)
     state = {name: value.clone().contiguous() for name, value in layer.state_dict().items()}
     restored.load_state_dict(state, assign=True)

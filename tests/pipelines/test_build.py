@@ -291,7 +291,7 @@ def test_an_edited_table_that_does_not_fit_is_refused(
 def test_a_part_of_a_table_quantizes_a_part_of_the_model() -> None:
     table = cnn_table().model_copy(update={"tensors": {"f": cnn_table().tensors["f"]}})
     engine = quick(calibration=table)
-    assert set(engine.manifest.skipped) == {"Conv:c0", "Conv:c1"}
+    assert set(engine.manifest.reasons) == {"Conv:c0", "Conv:c1"}
     assert engine.layers().counts()["int8"] == 1
 
 

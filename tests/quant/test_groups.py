@@ -7,7 +7,7 @@ import torch
 
 from octavo.compression.quantization.gptq import gptq
 from octavo.core.errors import CalibrationError, InputError
-from octavo.quant.groups import GroupCodes, choose_grid, round_weight
+from octavo.quant.groups import choose_grid, quantize_groups
 
 
 def correlated(rows: int, k: int) -> torch.Tensor:
@@ -20,13 +20,6 @@ def correlated(rows: int, k: int) -> torch.Tensor:
 
 def weight(n: int = 24, k: int = 96) -> torch.Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * 0.1
-
-
-def values(found: GroupCodes, symmetric: bool) -> torch.Tensor:
-    n, k = found.codes.shape
-    codes = found.codes.reshape(n, found.scale.shape[1], -1).float()
-    zero = 0.0 if symmetric else found.zero_point.float().unsqueeze(-1)
-    return ((codes - zero) * found.scale.unsqueeze(-1)).reshape(n, k)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -53,17 +46,17 @@ def test_the_grid_is_the_best_of_those_tried(bits: int, symmetric: bool) -> None
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_exact_values_are_kept(symmetric: bool) -> None:
     exact = torch.tensor([[0.0, 0.5, 1.0, 3.5], [0.0, 0.0, 0.0, 0.0], [-4.0, 3.5, -0.5, 0.0]])
-    found = round_weight(exact, 4, None, symmetric)
-    torch.testing.assert_close(values(found, symmetric), exact, rtol=0, atol=0.27)
-    assert torch.equal(values(found, symmetric)[1], torch.zeros(4))
+    found = quantize_groups(exact, 4, None, symmetric)
+    torch.testing.assert_close(found.dequantize(), exact, rtol=0, atol=0.27)
+    assert torch.equal(found.dequantize()[1], torch.zeros(4))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 96), (3, 48), (2, 96), (4, 24)])
 def test_gptq_beats_rounding(bits: int, group: int, symmetric: bool) -> None:
     x, w = correlated(400, 96), weight()
-    rounded = values(round_weight(w, bits, group, symmetric), symmetric)
-    found = values(gptq(w, x.T @ x, bits, group, symmetric), symmetric)
+    rounded = quantize_groups(w, bits, group, symmetric).dequantize()
+    found = gptq(w, x.T @ x, bits, group, symmetric).dequantize()
     fresh = correlated(900, 96)[400:]
     exact = fresh @ w.T
 
@@ -76,13 +69,13 @@ def test_gptq_beats_rounding(bits: int, group: int, symmetric: bool) -> None:
 def test_channels_that_were_never_used_do_no_harm() -> None:
     x = correlated(300, 96)
     x[:, 10:20] = 0
-    found = values(gptq(weight(), x.T @ x, 4, 32, False), False)
+    found = gptq(weight(), x.T @ x, 4, 32, False).dequantize()
     assert bool(found.isfinite().all())
     assert float((found - weight()).abs().max()) < 0.2
 
 
 def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="the weights hold NaN or infinity; repair the model"):
-        round_weight(torch.full((2, 4), torch.nan), 4, None, True)
+        quantize_groups(torch.full((2, 4), torch.nan), 4, None, True)
     with pytest.raises(CalibrationError, match="the layer's inputs hold NaN or infinity"):
         gptq(weight(), torch.full((96, 96), torch.inf), 4, 32, False)

@@ -34,7 +34,7 @@ def test_types(name: str, bits: int, qmin: int, qmax: int) -> None:
 
 
 def test_an_unknown_type_is_named_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"called 'int5'; choose from int8, uint8, int4, int3"):
+    with pytest.raises(InputError, match=r"called 'int5'; choose from int8, uint8, int4, uint4"):
         qdtype("int5")
     with pytest.raises(InputError, match="'float8'"):
         QParams(torch.tensor(1.0), torch.tensor(0), "float8")  # type: ignore[arg-type]

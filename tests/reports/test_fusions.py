@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from octavo.core.fusions import FuseSummary, Fusion, NearMiss
+from octavo.core.fusions import FuseSummary, Fusion, Unfused
 from octavo.reports import print_fusions
 
 SUMMARY = FuseSummary(
@@ -15,10 +15,10 @@ SUMMARY = FuseSummary(
         Fusion("stem", "convolution + BN + relu", (), 1),
         Fusion("stage1.dw", "depthwise + BN + pointwise + BN", (), 2),
     ),
-    near_misses=(
-        NearMiss("stage2.dw", "depthwise", "Conv2d 'stage2.last' follows"),
-        NearMiss("stage3.dw", "depthwise", "Conv2d 'stage3.last' follows"),
-        NearMiss("norm", "BatchNorm", "it follows the input, no convolution"),
+    unfused=(
+        Unfused("stage2.dw", "depthwise", "Conv2d 'stage2.last' follows"),
+        Unfused("stage3.dw", "depthwise", "Conv2d 'stage3.last' follows"),
+        Unfused("norm", "BatchNorm", "it follows the input, no convolution"),
     ),
     convolutions=8,
     depthwise=3,
@@ -43,7 +43,7 @@ def test_layers_that_differ_by_numbers_share_a_line() -> None:
 
 
 def test_how_the_order_is_known_is_said() -> None:
-    fields = {"fusions": (), "near_misses": (), "convolutions": 0, "depthwise": 0, "separable": 0}
+    fields = {"fusions": (), "unfused": (), "convolutions": 0, "depthwise": 0, "separable": 0}
     text = printed(FuseSummary("recorded", ("torch.fx cannot.",), **fields, error=1.25e-6))
     assert "torch.fx cannot. The order of the layers is that of one run" in text
     assert "differ by 1.2e-06 (relative)" in text or "differ by 1.3e-06 (relative)" in text

@@ -14,29 +14,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from octavo.compression.quantization.registry import QUANTIZED
 from octavo.core.errors import ArtifactError, InputError, OctavoError
 from octavo.core.files import atomic_write
+from octavo.core.models import outside_inference_mode
+from octavo.core.progress import default_progress
 from octavo.core.version import __version__
 from octavo.graph import fuse_model
-from octavo.graph.install import DroppedActivation, drop_activation, finish, identity
+from octavo.graph.install import (
+    DroppedActivation,
+    compile_libraries,
+    drop_activation,
+    finish,
+    identity,
+)
 from octavo.graph.lower import to_int8
-from octavo.graph.patch import Edits, places
-from octavo.graph.scales import Form
+from octavo.graph.patch import Patch, parents
+from octavo.graph.scales import LayerQParams
 from octavo.graph.trace import FusedModel
-from octavo.layers.attention.multihead import MultiheadAttention, why_not_taken_apart
+from octavo.layers.attention.multihead import MultiheadAttention, decompose_reason
 from octavo.layers.convolution.elementwise import Dequantize, Int8Add, Quantize
 from octavo.layers.convolution.int8 import Int8Conv2d
-from octavo.layers.linear.int8 import Int8Linear, as_linear, is_linear
-from octavo.layers.linear.weight_only import WeightOnlyLinear
+from octavo.layers.linear.int8 import as_linear, is_linear
 from octavo.layers.module import QuantizedModule
-from octavo.layers.recurrent.int8 import Int8GRU, Int8LSTM
 
 __all__ = ["load_quantized", "save_quantized"]
 
 SCHEMA = 1
-KINDS: Mapping[str, type[QuantizedModule]] = {
-    kind.__name__: kind for kind in (Int8Conv2d, Int8GRU, Int8LSTM, Int8Linear, WeightOnlyLinear)
-}
 
 
 def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -52,20 +56,20 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: the model has no quantized layer, or weights on the meta device.
     """
-    forms = getattr(model, "octavo_forms", None) or {}
+    graph = getattr(model, "octavo_qparams", None) or {}
     layers = {
         name: {"kind": type(module).__name__, **module.config()}
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedModule) and name not in forms and not _in_graph(module)
+        if isinstance(module, QuantizedModule) and name not in graph and not _in_graph(module)
     }
-    if not (layers or forms):
+    if not (layers or graph):
         raise InputError("the model has no quantized layer; make one with octavo.quantize")
     tensors, aliases = _unique(model)
     header = {
         "schema": SCHEMA,
         "octavo": __version__,
         "layers": layers,
-        "graph": {name: form.to_json() for name, form in forms.items()},
+        "graph": {name: one.to_json() for name, one in graph.items()},
         "attention": _names(model, MultiheadAttention),
         "activations": _dropped_activations(model),
         "aliases": aliases,
@@ -74,6 +78,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return atomic_write(Path(path), save(tensors, {"octavo": json.dumps(header)}))
 
 
+@outside_inference_mode()
 def load_quantized(
     model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any = None
 ) -> nn.Module:
@@ -95,12 +100,12 @@ def load_quantized(
             architecture; `model` is then as it was.
     """
     header, tensors = _read(Path(path))
-    edits = Edits()
+    patch = Patch()
     try:
-        model = _rebuild(model, header, edits)
+        model = _rebuild(model, header, patch)
         if header["graph"]:
             model = _graph(model, header["graph"], example_inputs)
-            edits.undo()  # the graph has modules of its own
+            patch.rollback()  # the graph has modules of its own
         parameters = dict(model.named_parameters(remove_duplicate=False))
         state: dict[str, torch.Tensor] = {
             name: nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
@@ -108,16 +113,11 @@ def load_quantized(
         }
         state.update({alias: state.get(name) for alias, name in header["aliases"].items()})
         _fits(model, state, path)
+        compile_libraries(model, default_progress())
         model.load_state_dict(state, strict=True, assign=True)
     except BaseException:
-        edits.undo()
+        patch.rollback()
         raise
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if left:
-        raise ArtifactError(
-            f"buffer {left[0]!r} is not saved with the model and is on the meta device; build the "
-            "architecture on the CPU"
-        )
     return model
 
 
@@ -202,10 +202,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return header, tensors
 
 
-def _rebuild(model: nn.Module, header: Mapping[str, Any], edits: Edits) -> nn.Module:
+def _rebuild(model: nn.Module, header: Mapping[str, Any], patch: Patch) -> nn.Module:
     """Brings a float architecture into the form of the saved one; all values are still unset."""
     for name in header["attention"]:
-        _take_apart(model, name, edits)
+        _decompose(model, name, patch)
     for name, config in header["layers"].items():
         old = _find(model, name)
         if isinstance(old, QuantizedModule):  # reached by another of its names
@@ -213,14 +213,14 @@ def _rebuild(model: nn.Module, header: Mapping[str, Any], edits: Edits) -> nn.Mo
         made = _empty_layer(name, config, old)
         if not name:
             return made
-        for parent, attribute in list(places(model, old)):
-            edits.set(parent, attribute, made)
+        for parent, attribute in list(parents(model, old)):
+            patch.set(parent, attribute, made)
     for name, attribute in header["activations"]:
         parent = _find(model, name)
         if not hasattr(parent, attribute):
             raise ArtifactError(f"{name!r} has no {attribute!r}; this is another architecture")
-        drop_activation(parent, attribute, edits)
-    finish(model, edits)
+        drop_activation(parent, attribute, patch)
+    finish(model, patch)
     return model
 
 
@@ -234,37 +234,37 @@ def _in_graph(module: nn.Module) -> bool:
 def _graph(model: nn.Module, saved: Mapping[str, Any], example: Any) -> nn.Module:
     """The model as a graph of INT8 layers without values."""
     try:
-        forms = {name: Form.from_json(form) for name, form in saved.items()}
+        layers = {name: LayerQParams.from_json(one) for name, one in saved.items()}
     except (KeyError, TypeError, ValueError, OctavoError) as error:
-        raise ArtifactError(f"the codes in the header are damaged: {error}") from error
+        raise ArtifactError(f"the scales in the header are damaged: {error}") from error
     fused, summary = fuse_model(model.eval(), example)
     if not isinstance(fused, FusedModel) and example is None:
         raise ArtifactError(
             f"the model cannot be traced: {' '.join(summary.notes)} Give the example_inputs that "
             "it was quantized with"
         )
-    made, layers = to_int8(fused, forms, {})
-    if missing := sorted(forms.keys() - layers.keys()):
+    lowered, made = to_int8(fused, layers)
+    if missing := sorted(layers.keys() - made.keys()):
         raise ArtifactError(f"the model has no {missing[0]!r}; it is of another architecture")
-    return made
+    return lowered
 
 
-def _take_apart(model: nn.Module, name: str, edits: Edits) -> None:
+def _decompose(model: nn.Module, name: str, patch: Patch) -> None:
     module = _find(model, name)
     if isinstance(module, MultiheadAttention):  # reached by another of its names
         return
-    if not isinstance(module, nn.MultiheadAttention) or why_not_taken_apart(module):
+    if not isinstance(module, nn.MultiheadAttention) or decompose_reason(module):
         raise ArtifactError(f"{name!r} is a {type(module).__name__} and not the attention saved")
     new = MultiheadAttention(module)
-    for parent, attribute in list(places(model, module)):
-        edits.set(parent, attribute, new)
+    for parent, attribute in list(parents(model, module)):
+        patch.set(parent, attribute, new)
 
 
 def _empty_layer(name: str, config: Mapping[str, Any], old: nn.Module) -> QuantizedModule:
     """A quantized layer of the saved form in the place of `old`."""
     try:
         settings = dict(config)
-        made = KINDS[settings.pop("kind")](**settings).train(old.training)
+        made = QUANTIZED[settings.pop("kind")](**settings).train(old.training)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the settings of layer {name!r} are damaged: {error}") from error
     old = as_linear(old) if is_linear(old) else old
@@ -297,6 +297,12 @@ def _fits(
             f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model has not"
         )
         raise ArtifactError(f"{path} {what}; it belongs to another architecture")
+    left = [n for n, buffer in model.named_buffers() if buffer.is_meta and n not in wanted]
+    if left:
+        raise ArtifactError(
+            f"buffer {left[0]!r} is not saved with the model and is on the meta device; build the "
+            "architecture on the CPU"
+        )
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:
             raise ArtifactError(

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-import torch
 from torch import nn
 
-from octavo.calibration import CalibrationOptions, CalibrationTable, TorchCollector
+from octavo.calibration import CalibrationOptions, TorchCollector
 from octavo.calibration.observers import OBSERVERS, choose_range
-from octavo.calibration.sources import ModelSource, calibrate_source, first_batch, resolve_model
+from octavo.calibration.placed import Placed, weights_outside
+from octavo.calibration.sources import first_batch, resolve_model
 from octavo.compression.quantization.plan import Choice
 from octavo.compression.quantization.recipes import Int8Static
-from octavo.compression.quantization.swap import Made
-from octavo.core.arrays import Array
-from octavo.core.errors import CalibrationError, ExportError, InputError
-from octavo.core.feeds import to_numpy
+from octavo.compression.quantization.registry import LayerResult
+from octavo.compression.quantization.static import layer_qparams
+from octavo.core.errors import ExportError, InputError
 from octavo.core.models import evaluating, in_evaluation, run_batch
 from octavo.core.progress import Progress
-from octavo.export.equalization import find_chains
-from octavo.export.onnx_model import TRANSPOSED
-from octavo.export.placement import ACTIVATIONS, QuantizedLayer, place
-from octavo.export.qdq import INTEGER_BIAS, adjust_weights, layer_constants
-from octavo.export.unsigned import unsigned_spec
 from octavo.graph import fuse_model, merge_parallel
 from octavo.graph.lower import can_be_int8, to_int8
-from octavo.graph.scales import Form, Weights, names_in, parts_of
-from octavo.quant import QParams
+from octavo.graph.scales import LayerQParams, names_in, parts_of
 from octavo.quant.weights import quantize_weight
 
-__all__ = [
-    "Int8Graph",
-    "calibrate_convolutions",
-    "forms_and_weights",
-    "forms_of_modules",
-    "module_of",
-]
+__all__ = ["Int8Graph", "calibrate_convolutions", "qparams_of_modules"]
+
+_ALONE = "its other half stays in float, or it is called twice"
+_NO_SCALE = "no scale fits it: it is called twice, or its result feeds no layer"
+_UNREACHED = "calibration data never reached it"
 
 
 @dataclass
@@ -51,23 +39,21 @@ class Int8Graph:
         batches: calibration data for the other layers.
         example: a batch, to trace the model with.
         fused: the float model, fused.
-        forms: name of a module -> the codes around it; empty where there are no convolutions.
-        weights: the same name -> what it computes with.
+        layers: name of a module -> how it is quantized; empty where there are no convolutions.
         merged: the same name -> the parallel convolutions that the layer stands for.
         made: name -> the INT8 layer, after `apply`.
-        refused: name of a convolution -> why it stays in float.
+        reasons: name of a convolution -> why it stays in float.
         detail: what was chosen for the layers, in words.
     """
 
     batches: Iterable[Any] | None
     example: Any = None
     fused: nn.Module | None = None
-    forms: dict[str, Form] = field(default_factory=dict)
-    weights: dict[str, Weights] = field(default_factory=dict)
+    layers: dict[str, LayerQParams] = field(default_factory=dict)
     merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    made: dict[str, Made] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    detail: str = "a scale a tensor"
+    made: dict[str, LayerResult] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    detail: str = "per-tensor scales"
 
     def apply(self, changed: nn.Module | None) -> nn.Module:
         """The fused model, with the INT8 layers in it.
@@ -76,140 +62,104 @@ class Int8Graph:
             changed: the float model, where layers of it have been swapped since it was fused.
         """
         fused = self.fused if changed is None else fuse_model(changed.eval(), self.example)[0]
-        assert fused is not None  # noqa: S101 - forms come with a fused model
-        result, layers = to_int8(fused, self.forms, self.weights)
+        assert fused is not None  # noqa: S101 - layers come with a fused model
+        result, layers = to_int8(fused, self.layers)
         for name, layer in layers.items():
-            self.made[name] = Made(layer, self.detail)
+            self.made[name] = LayerResult(layer, self.detail)
             for other in self.merged.get(name, ()):
                 if other != name:  # its weights are in that layer
-                    self.made[other] = Made(nn.Identity(), f"in one convolution with {name!r}")
+                    detail = f"in one convolution with {name!r}"
+                    self.made[other] = LayerResult(nn.Identity(), detail)
         return result
 
 
 def calibrate_convolutions(
     model: nn.Module,
     choices: Sequence[Choice],
-    calibration: Iterable[Any] | CalibrationTable | None,
+    calibration: Iterable[Any] | Placed | None,
     example: Any,
     progress: Progress,
 ) -> Int8Graph:
-    """Finds the codes of a model's convolutions, and of its Linears that are not smoothed.
+    """Finds the scales of a model's convolutions, and of its Linears that are not smoothed.
 
     Args:
         model: the float model.
         choices: what is wanted for each of its layers.
-        calibration: batches of real data, or the table of this model.
+        calibration: batches of real data, or the model with its table.
         example: what to export and trace the model with; None for the first batch.
         progress: where to show progress.
 
     Raises:
         InputError: recipes for convolutions that differ in their observer.
-        CalibrationError: a table of another model, or one where data is needed.
+        CalibrationError: a table that equalizes around a layer that stays in float.
     """
-    wanted = {choice.name: choice for choice in choices if isinstance(choice.recipe, Int8Static)}
-    convolutions = {name for name, one in wanted.items() if isinstance(one.module, nn.Conv2d)}
+    static = [choice for choice in choices if isinstance(choice.recipe, Int8Static)]
+    convolutions = {one.name for one in static if isinstance(one.module, nn.Conv2d)}
+    placed = calibration if isinstance(calibration, Placed) else None
     if not convolutions:
-        if isinstance(calibration, CalibrationTable):
-            raise CalibrationError(
-                "a table quantizes models with convolutions under Int8Static(); give batches here"
-            )
-        return Int8Graph(calibration)
-    wanted = {
-        name: choice
-        for name, choice in wanted.items()
-        if name in convolutions
-        or (isinstance(choice.module, nn.Linear) and choice.recipe.smooth is None)  # type: ignore[union-attr]
-    }
-    observers = {choice.recipe.observer for choice in wanted.values()}  # type: ignore[union-attr]
+        return Int8Graph(None if isinstance(calibration, Placed) else calibration)
+    wanted, observers = {}, set()
+    for choice in static:
+        assert isinstance(choice.recipe, Int8Static)  # noqa: S101 - chosen for it
+        smoothed = placed is None and choice.recipe.smooth is not None
+        if choice.name in convolutions or (isinstance(choice.module, nn.Linear) and not smoothed):
+            wanted[choice.name] = choice
+            observers.add(choice.recipe.observer)
+    if isinstance(calibration, Placed):
+        return _of_table(model, wanted, calibration, example)
     if len(observers) > 1:
         raise InputError(
             f"convolutions are calibrated together, and the recipes name the observers "
             f"{', '.join(sorted(observers))}; choose one"
         )
-    return _calibrated(model, wanted, observers.pop(), calibration, example, progress)
+    assert calibration is not None  # noqa: S101 - static recipes were refused without it
+    return _of_batches(model, wanted, observers.pop(), calibration, example, progress)
 
 
-def _calibrated(
-    model: nn.Module,
-    wanted: Mapping[str, Choice],
-    observer: str,
-    calibration: Iterable[Any] | CalibrationTable | None,
-    example: Any,
-    progress: Progress,
+def _of_table(
+    model: nn.Module, wanted: dict[str, Choice], placed: Placed, example: Any
 ) -> Int8Graph:
-    batches = None
-    if not isinstance(calibration, CalibrationTable):
-        assert calibration is not None  # noqa: S101 - static recipes were refused without it
-        first, batches = first_batch(calibration)
-        if iter(batches) is batches:  # it is read again for the other layers
-            batches = list(batches)
-        example = first if example is None else example
-    graph = Int8Graph(batches, example)
+    graph = Int8Graph(None, placed.table.example_inputs() if example is None else example)
     with in_evaluation(model):
-        graph.fused = fused = fuse_model(model, example)[0]
-        merged, parallel = merge_parallel(model, example)
-        table = calibration if isinstance(calibration, CalibrationTable) else None
-        graph.merged.update(_convolutions(model, parallel))
-        wanted = _all_or_none(graph, wanted, known=table is not None)
-        able = can_be_int8(fused, wanted)
-        why = "it is half of a pair whose other half stays, or it is called twice"
-        graph.refused.update(dict.fromkeys(wanted.keys() - able, why))
-        wanted = {name: choice for name, choice in wanted.items() if name in able}
-        if not wanted:
-            return graph
-        try:
-            # the engines' tensors, where they are given
-            source = resolve_model(model if table else merged, example)
-        except ExportError as error:
-            reason = f"its graph cannot be exported: {str(error).splitlines()[0]}"
-            _by_modules(graph, fused, wanted, observer, reason)
-            return graph
-    if table is not None:
-        table.check_model(source.fingerprint)
-    else:
-        options = CalibrationOptions(observer, exclude=_unwanted(source, wanted))
-        table = calibrate_source(source, batches or (), options, progress)
-    forms, weights = forms_and_weights(source, table)
-    graph.forms.update({name: forms[name] for name in wanted if name in forms})
-    graph.weights.update({name: weights[name] for name in graph.forms})
-    for name in wanted.keys() - forms.keys():
-        graph.refused[name] = "no scale fits it: it is called twice, or its result feeds no layer"
-    _check_equalization(source, table, graph.forms)
+        graph.fused = fuse_model(model, graph.example)[0]
+        parallel = merge_parallel(model, graph.example)[1]
+    reason = "it is one with parallel convolutions, which the table does not know; give batches"
+    for name in (one for together in _convolutions(model, parallel).values() for one in together):
+        if wanted.pop(name, None) is not None:
+            graph.reasons[name] = reason
+    _take(graph, placed, _able(graph, wanted))
+    placed.check_equalization(graph.layers)
     return graph
 
 
-def _by_modules(
-    graph: Int8Graph,
-    fused: nn.Module,
-    wanted: Mapping[str, Choice],
+def _of_batches(
+    model: nn.Module,
+    wanted: dict[str, Choice],
     observer: str,
-    reason: str,
-) -> None:
-    """Calibrates by hooks, where there is no graph for a table."""
-    convolutions = [name for name, one in wanted.items() if isinstance(one.module, nn.Conv2d)]
-    if graph.batches is None:
-        graph.refused.update(dict.fromkeys(convolutions, reason))
-        return
-    forms, weights = forms_of_modules(fused, convolutions, graph.batches, observer)
-    graph.forms.update(forms)
-    graph.weights.update(weights)
-    graph.detail = "a scale a tensor, calibrated by itself: the model's graph cannot be exported"
-    why = "calibration data never reached it"
-    graph.refused.update(dict.fromkeys(set(convolutions) - forms.keys(), why))
-
-
-def _check_equalization(
-    source: ModelSource, table: CalibrationTable, forms: Collection[str]
-) -> None:
-    """Refuses a table that moved range between a layer in INT8 and one that stays in float."""
-    for chain in find_chains(source.graph, place(source.graph, table.exclude)):
-        ends = [module_of(layer.weight or "") for layer in (chain.producer, *chain.consumers)]
-        staying = [name or chain.tensor for name in ends if name not in forms]
-        if chain.tensor in table.equalization and staying:
-            raise CalibrationError(
-                f"the table equalizes the weights around {staying[0]!r}, which stays in float; "
-                "calibrate with it in exclude, or with equalization=False"
-            )
+    calibration: Iterable[Any],
+    example: Any,
+    progress: Progress,
+) -> Int8Graph:
+    first, batches = first_batch(calibration)
+    if iter(batches) is batches:  # it is read again for the other layers
+        batches = list(batches)
+    graph = Int8Graph(batches, first if example is None else example)
+    with in_evaluation(model):
+        graph.fused = fuse_model(model, graph.example)[0]
+        merged, parallel = merge_parallel(model, graph.example)
+        graph.merged.update(_convolutions(model, parallel))
+        _all_or_none(graph, wanted)
+        wanted = _able(graph, wanted)
+        if not wanted:
+            return graph
+        try:
+            source = resolve_model(merged, graph.example)
+        except ExportError as error:
+            _by_modules(graph, wanted, observer, str(error).splitlines()[0])
+            return graph
+        options = CalibrationOptions(observer, exclude=weights_outside(source, wanted))
+        _take(graph, Placed.calibrated(source, batches, options, progress), wanted)
+    return graph
 
 
 def _convolutions(
@@ -223,119 +173,50 @@ def _convolutions(
     }
 
 
-def _all_or_none(
-    graph: Int8Graph, wanted: Mapping[str, Choice], *, known: bool
-) -> dict[str, Choice]:
-    """Of parallel convolutions the merged one, where all of them are wanted."""
-    left = dict(wanted)
+def _all_or_none(graph: Int8Graph, wanted: dict[str, Choice]) -> None:
+    """Of parallel convolutions leaves the merged one, where all of them are wanted."""
     for name, layers in graph.merged.items():
-        floating = [one for one in layers if one not in wanted]
-        why = ""
-        if floating:
-            why = f"it is one convolution with {floating[0]!r}, which stays in float"
-        elif known:
-            why = (
-                "it is one with parallel convolutions, which the table does not know; give batches"
-            )
+        staying = [one for one in layers if one not in wanted]
         for one in layers:
-            if why or one != name:
-                left.pop(one, None)
-            if why and one in wanted:
-                graph.refused[one] = why
-    return left
+            if staying and wanted.pop(one, None) is not None:
+                reason = f"it is one convolution with {staying[0]!r}, which stays in float"
+                graph.reasons[one] = reason
+            elif one != name:
+                wanted.pop(one, None)
 
 
-def _unwanted(source: ModelSource, wanted: Collection[str]) -> tuple[str, ...]:
-    """Weights of the layers that stay in float, or are quantized elsewhere."""
-    held = [layer.weight for layer in place(source.graph).layers if layer.weight is not None]
-    return tuple(weight for weight in held if module_of(weight) not in wanted)
+def _able(graph: Int8Graph, wanted: Mapping[str, Choice]) -> dict[str, Choice]:
+    assert graph.fused is not None  # noqa: S101 - the caller fused it
+    able = can_be_int8(graph.fused, wanted)
+    graph.reasons.update(dict.fromkeys(wanted.keys() - able, _ALONE))
+    return {name: choice for name, choice in wanted.items() if name in able}
 
 
-def forms_and_weights(
-    source: ModelSource, table: CalibrationTable
-) -> tuple[dict[str, Form], dict[str, Weights]]:
-    """The codes around each convolution and Linear, and its weights as calibration left them.
-
-    They are those of the engines: tensors that cannot be negative get unsigned codes.
-
-    Args:
-        source: an exported module.
-        table: its scales, and what is to be done to its weights.
-
-    Returns:
-        name of a module -> its codes, and -> its weights with BatchNorm folded, equalized, and
-        with the bias corrected. A module that is called twice, or that the table does not know,
-        is left out.
-    """
-    placement = place(source.graph, table.exclude)
-    spec = unsigned_spec(source.graph, table.spec(placement.tensors, source.ports))
-    adjusted = adjust_weights(source.graph, placement, spec)
-    nodes = {node.outputs[0].name: node for node in adjusted.graph}
-    sums = {name for one in placement.layers if one.op == "Add" for name in one.activations}
-    counts = Counter(layer.weight for layer in placement.layers)
-    forms, weights = {}, {}
-    for layer in placement.layers:
-        x = spec.activations.get(layer.activations[0])
-        name = module_of(layer.weight or "")
-        if name is None or x is None or counts[layer.weight] > 1:
-            continue
-        weights[name] = own = _weights(nodes[layer.output], layer, x)
-        form = _form(nodes[layer.output], x, spec.activations, sums)
-        forms[name] = replace(form, bias=own.bias is not None)
-    return forms, weights
+def _take(graph: Int8Graph, placed: Placed, wanted: Collection[str]) -> None:
+    found = layer_qparams(placed)
+    graph.layers.update({name: found[name] for name in wanted if name in found})
+    graph.reasons.update({name: _NO_SCALE for name in wanted if name not in found})
 
 
-def module_of(weight: str) -> str | None:
-    """Name of the module that holds a weight; None for a weight that no module holds as such."""
-    name, _, leaf = weight.removesuffix(TRANSPOSED).rpartition(".")
-    return name if leaf == "weight" else None
+def _by_modules(graph: Int8Graph, wanted: Mapping[str, Choice], observer: str, reason: str) -> None:
+    """Calibrates by hooks, where there is no graph for a table."""
+    assert graph.fused is not None  # noqa: S101 - the caller fused it
+    assert graph.batches is not None  # noqa: S101 - and has batches
+    convolutions = [name for name, one in wanted.items() if isinstance(one.module, nn.Conv2d)]
+    graph.layers.update(qparams_of_modules(graph.fused, convolutions, graph.batches, observer))
+    detail = f"found layer by layer, as the graph cannot be exported ({reason})"
+    graph.detail = f"per-tensor scales, {detail}"
+    unreached = (name for name in convolutions if name not in graph.layers)
+    graph.reasons.update(dict.fromkeys(unreached, _UNREACHED))
 
 
-def _form(
-    node: ir.Node, x: QParams, activations: Mapping[str, QParams], sums: Collection[str]
-) -> Form:
-    result = _activated(node.outputs[0], activations)
-    y = activations.get(result.name or "")
-    total = None
-    adds = [user for user, _ in result.uses() if user.op_type == "Add"]
-    if result.name in sums and len(adds) == 1:
-        total = activations.get(_activated(adds[0].outputs[0], activations).name or "")
-    return Form(x, y, total)
-
-
-def _activated(value: ir.Value, activations: Mapping[str, QParams]) -> ir.Value:
-    """The tensor behind the activation of a layer's result."""
-    while value.name not in activations:
-        users = [user for user, _ in value.uses()]
-        if len(users) != 1 or users[0].op_type not in ACTIVATIONS:
-            break
-        value = users[0].outputs[0]
-    return value
-
-
-def _weights(node: ir.Node, layer: QuantizedLayer, x: QParams) -> Weights:
-    """The integers that an engine computes with."""
-    weight, bias = layer_constants(node, layer)
-    if layer.op == "MatMul" or (
-        node.op_type == "Gemm" and not node.attributes.get_int("transB", 0)
-    ):
-        weight = weight.T
-    on_grid = layer.op in INTEGER_BIAS
-    made = quantize_weight(weight, 0, bias=bias, input_scale=float(x.scale) if on_grid else None)
-    added: Array | None = made.bias if on_grid else bias
-    if layer.op == "Conv":
-        added = made.bias_codes
-    scale = made.qparams.scale
-    return Weights(_tensor(made.codes), scale, None if added is None else _tensor(added))
-
-
-def forms_of_modules(
+def qparams_of_modules(
     model: nn.Module, names: Collection[str], batches: Iterable[Any], observer: str
-) -> tuple[dict[str, Form], dict[str, Weights]]:
-    """The codes that each convolution of a fused model reads, by hooks on its modules.
+) -> dict[str, LayerQParams]:
+    """How each convolution of a fused model is quantized, by hooks on its modules.
 
-    Nothing is known about who reads their results, so those have no codes; and weights are as they
-    are. Inputs have asymmetric codes.
+    Nothing is known about who reads their results, so those stay floats; and weights are as they
+    are. Inputs are asymmetric.
 
     Args:
         model: from `octavo.fuse`.
@@ -344,7 +225,7 @@ def forms_of_modules(
         observer: as in `Int8Static`; "auto" takes "mse" here, for there is no engine to compare.
 
     Returns:
-        as `forms_and_weights`, without convolutions that the data did not reach.
+        as `layer_qparams`, without convolutions that the data did not reach.
 
     Raises:
         CalibrationError: NaN or infinity in the input of a convolution.
@@ -360,20 +241,12 @@ def forms_of_modules(
     with evaluating(model), TorchCollector(model, ports) as collector:
         for number, batch in enumerate(batches):
             run_batch(model, batch, f"calibration batch {number}")
-    forms, weights = {}, {}
+    result = {}
     for port, name in ports.items():
         seen, layer = collector.statistics[port], parts[name][1]
-        if not seen.count:
-            continue
-        x = choose_range(chosen.range(seen, "uint8"), "uint8")
-        bias = None if layer.bias is None else to_numpy(layer.bias.detach().float(), name)
-        weight = to_numpy(layer.weight.detach().float(), name)
-        made = quantize_weight(weight, 0, bias=bias, input_scale=float(x.scale))
-        added = None if made.bias_codes is None else _tensor(made.bias_codes)
-        forms[name] = Form(x, bias=bias is not None)
-        weights[name] = Weights(_tensor(made.codes), made.qparams.scale, added)
-    return forms, weights
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    return torch.from_numpy(np.array(array))
+        if seen.count:
+            x = choose_range(chosen.range(seen, "uint8"), "uint8")
+            scale = float(x.scale)
+            weight = quantize_weight(layer.weight, 0, bias=layer.bias, input_scale=scale)
+            result[name] = LayerQParams(x, bias=weight.bias is not None, weight=weight)
+    return result

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import CalibrationError
-from octavo.quant.groups import Grid, GroupCodes, check_finite, choose_grid
+from octavo.quant.groups import Grid, check_finite, choose_grid, grouped_weight
+from octavo.quant.weights import QuantizedWeight
 
 __all__ = ["gptq"]
 
@@ -22,7 +23,7 @@ DAMPING = 0.01
 
 def gptq(
     weight: torch.Tensor, gram: torch.Tensor, bits: int, group_size: int | None, symmetric: bool
-) -> GroupCodes:
+) -> QuantizedWeight:
     """Codes under which the layer's output is close, not each weight.
 
     Args:
@@ -61,7 +62,7 @@ def gptq(
         left[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
     scale = torch.cat([grid.scale for grid in grids], 1)
     zero_point = torch.cat([grid.zero_point for grid in grids], 1)
-    return GroupCodes(codes, scale, zero_point.to(torch.uint8))
+    return grouped_weight(codes, scale, None if symmetric else zero_point, bits, group_size)
 
 
 def _factor(gram: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

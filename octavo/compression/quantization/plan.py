@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from octavo.compression.quantization.recipes import (
-    Int4WeightOnly,
-    Int8Static,
-    Int8WeightOnly,
-    Recipe,
-)
+from octavo.compression.quantization.recipes import Recipe, by_itself, weight_format
+from octavo.compression.quantization.registry import layer_type
 from octavo.graph.select import Selector, check_selectors, selected
-from octavo.layers.attention.multihead import RowsLinear
 from octavo.layers.linear.int8 import as_linear, is_linear
 from octavo.layers.module import QuantizedModule
 
 __all__ = ["Choice", "plan"]
-
-
-FEWEST = 128 * 128
-"""Weights below which quantizing the input costs more than the smaller product saves."""
-_NEEDS_STATIC = "convolutions quantize with scales of whole tensors; use Int8Static()"
-_KNOWN_FORWARDS = (nn.Linear.forward, RowsLinear.forward)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -56,17 +43,19 @@ def plan(
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
     overrides: Mapping[str, Recipe | None] | None = None,
+    together: Sequence[Sequence[str]] = (),
 ) -> list[Choice]:
     """Decides about every layer with weights of two or more axes.
 
     Args:
-        model: its attention taken apart (see `structure`).
+        model: its attention decomposed (see `octavo.graph.patch`).
         recipe: for all layers.
         include: layers to change; a layer that it matches is changed though it is small. None
             stands for all.
         exclude: layers to leave, also among those included.
         overrides: pattern of names -> another recipe, or None to leave the layer; the last one
             that matches counts.
+        together: names of layers that gain from one another; they are changed though small.
 
     Raises:
         InputError: a selector that matches nothing, or is of another kind.
@@ -74,7 +63,7 @@ def plan(
     overrides = dict(overrides or {})
     layers = list(_layers(model))
     check_selectors((*(include or ()), *exclude, *overrides), layers, "layer with weights")
-    tied = _tied_elsewhere(model)
+    partners = {name for names in together for name in names}
     choices = []
     for name, module in layers:
         wanted = include is not None and selected(include, name, module)
@@ -90,9 +79,9 @@ def plan(
         elif include is not None and not wanted:
             reason = "not included"
         else:
-            reason = _why_not(module, chosen, tied, wanted)
+            reason = _reason(module, chosen, small=wanted or name in partners)
         choices.append(Choice(name, module, None if reason else chosen, reason))
-    return choices
+    return _keep_tied(model, choices)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -104,49 +93,45 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _tied_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Identity of a parameter that something else than a Linear holds -> the name of that."""
-    return {
-        id(parameter): name
-        for name, module in model.named_modules()
-        if not is_linear(module)
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def _why_not(module: nn.Module, recipe: Recipe, tied: Mapping[int, str], wanted: bool) -> str:
+def _reason(module: nn.Module, recipe: Recipe, *, small: bool) -> str:
     if isinstance(module, QuantizedModule):
         return "is quantized already"
-    if isinstance(module, (nn.LSTM, nn.GRU)):
-        return _why_not_recurrent(module, recipe)
-    if isinstance(module, nn.Conv2d):
-        return "" if isinstance(recipe, Int8Static) else _NEEDS_STATIC
-    if not is_linear(module):
+    kind = layer_type(module)
+    if kind is None:
         return f"Octavo has no INT8 layer for {type(module).__name__}"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight itself"
-    if isinstance(module, nn.Linear) and type(module).forward not in _KNOWN_FORWARDS:
-        return f"{type(module).__name__} computes something of its own in forward"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
-    if id(module.weight) in tied:
-        return f"its weight is tied to {tied[id(module.weight)]!r}, which stays in float"
-    linear = as_linear(module)
-    if linear.weight.dtype not in FLOATS:
-        return f"its weight is {linear.weight.dtype}"
-    if isinstance(recipe, Int4WeightOnly) and linear.in_features % recipe.group_size:
-        return f"group_size {recipe.group_size} does not divide its {linear.in_features} inputs"
-    if not wanted and linear.weight.numel() < FEWEST:
-        return f"too small to gain: {linear.out_features} x {linear.in_features} weights"
-    return ""
+    reason = kind.reason(module, recipe)
+    if not reason and not small and _count(module) < kind.fewest:
+        weight: Any = (as_linear(module) if is_linear(module) else module).weight
+        return f"too small to gain: {' x '.join(map(str, weight.shape))} weights"
+    return reason
 
 
-def _why_not_recurrent(module: nn.LSTM | nn.GRU, recipe: Recipe) -> str:
-    kind = type(module).__name__
-    if type(module) not in (nn.LSTM, nn.GRU):
-        return f"{kind} may compute something else than torch's own"
-    if isinstance(recipe, (Int8WeightOnly, Int4WeightOnly)):
-        return f"{kind} has a dynamic INT8 form only; give it Int8Dynamic() by an override"
-    if getattr(module, "proj_size", 0):
-        return "it has a projection (proj_size), which the INT8 form has not"
-    return ""  # the dynamic form needs no scales, so it serves Int8Static too
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _keep_tied(model: nn.Module, choices: Sequence[Choice]) -> list[Choice]:
+    """Layers of several kinds with one weight get one quantized weight, or stay in float."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim > 1:
+                holders.setdefault(id(parameter), []).append(name)
+    found = {choice.name: choice for choice in choices}
+    for names in holders.values():
+        recipes = {name: found[name].recipe if name in found else None for name in names}
+        kinds = {layer_type(model.get_submodule(name)) for name in names}
+        if len(kinds) == 1:  # Linears with one weight are alike, so what is made of it is too
+            continue
+        formats = {name: recipe and weight_format(recipe) for name, recipe in recipes.items()}
+        for name, recipe in recipes.items():
+            if recipe is None:
+                continue
+            other = next((one for one in names if formats[one] != formats[name]), None)
+            if other is None:
+                found[name] = replace(found[name], recipe=by_itself(recipe))
+                continue
+            fate = f"becomes {recipes[other]}" if recipes[other] else "stays in float"
+            reason = f"its weight is tied to {other!r}, which {fate}"
+            found[name] = replace(found[name], recipe=None, reason=reason)
+    return [found[choice.name] for choice in choices]

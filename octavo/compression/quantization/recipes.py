@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from octavo.core.errors import InputError
 
-__all__ = ["Int4WeightOnly", "Int8Dynamic", "Int8Static", "Int8WeightOnly", "Recipe"]
+__all__ = [
+    "Int4WeightOnly",
+    "Int8Dynamic",
+    "Int8Static",
+    "Int8WeightOnly",
+    "Recipe",
+    "by_itself",
+    "weight_format",
+]
 
 Smooth: TypeAlias = "float | Literal['auto'] | None"
-OBSERVERS = ("minmax", "percentile", "entropy", "mse", "auto")
 
 
 @dataclass(frozen=True)
 class Int8Dynamic:
-    """INT8 weights a channel; INT8 activations with a scale a token, found at run time.
+    """INT8 weights with per-channel scales; INT8 activations with per-token scales.
+
+    The scales of activations are found at run time.
 
     Attributes:
         smooth: strength of SmoothQuant, 0 to 1; "auto" chooses it layer by layer, and None leaves
@@ -32,13 +41,17 @@ class Int8Dynamic:
         """Whether the recipe cannot do without data."""
         return self.smooth is not None
 
+    uses_calibration = needs_calibration
+
     def __str__(self) -> str:
         return "int8 dynamic"
 
 
 @dataclass(frozen=True)
 class Int8Static:
-    """INT8 weights a channel; INT8 activations with one calibrated scale. Needs calibration data.
+    """INT8 weights with per-channel scales; INT8 activations with one calibrated scale.
+
+    It needs calibration data, or the table that `octavo.calibrate` made of the model.
 
     Attributes:
         observer: what chooses the range of a layer's input: "minmax", "percentile", "entropy",
@@ -52,13 +65,13 @@ class Int8Static:
 
     def __post_init__(self) -> None:
         _check_smooth(self.smooth)
-        if self.observer not in OBSERVERS:
-            raise InputError(f"observer {self.observer!r} is unknown; use {', '.join(OBSERVERS)}")
+        from octavo.calibration.observers import LAYER_OBSERVERS  # brings ONNX Runtime along
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the recipe cannot do without data."""
-        return True
+        known = ("auto", *LAYER_OBSERVERS)
+        if self.observer not in known:
+            raise InputError(f"observer {self.observer!r} is unknown; use {', '.join(known)}")
+
+    needs_calibration = uses_calibration = True
 
     def __str__(self) -> str:
         return "int8 static"
@@ -66,9 +79,12 @@ class Int8Static:
 
 @dataclass(frozen=True)
 class Int8WeightOnly:
-    """INT8 weights a channel, float activations: for layers bound by reading their weights."""
+    """INT8 weights with per-channel scales, float activations.
 
-    needs_calibration = False
+    For layers bound by reading their weights, and for tables of embeddings.
+    """
+
+    needs_calibration = uses_calibration = False
 
     def __str__(self) -> str:
         return "int8 weights"
@@ -84,12 +100,19 @@ class Int4WeightOnly:
     Attributes:
         group_size: neighbouring input channels that share a scale.
         symmetric: leave the zero points out; smaller by one byte a group, and less accurate.
+        gptq: use calibration data, where there is some; False rounds to the nearest values.
     """
 
     group_size: int = 128
     symmetric: bool = False
+    gptq: bool = True
 
     needs_calibration = False
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether the recipe gains from data."""
+        return self.gptq
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -100,6 +123,23 @@ class Int4WeightOnly:
 
 
 Recipe: TypeAlias = "Int8Dynamic | Int8Static | Int8WeightOnly | Int4WeightOnly"
+
+
+def weight_format(recipe: Recipe) -> tuple[int, int | None, bool]:
+    """Bits, group size and symmetry of the weights that a recipe makes."""
+    if isinstance(recipe, Int4WeightOnly):
+        return 4, recipe.group_size, recipe.symmetric
+    return 8, None, True
+
+
+def by_itself(recipe: Recipe) -> Recipe:
+    """The recipe under which a weight depends on itself only, and not on what its layer is given.
+
+    Layers of different kinds that hold one weight keep it so.
+    """
+    if isinstance(recipe, Int4WeightOnly):
+        return replace(recipe, gptq=False)
+    return recipe if isinstance(recipe, Int8WeightOnly) else replace(recipe, smooth=None)
 
 
 def _check_smooth(smooth: Smooth) -> None:

@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 
 from octavo.calibration.inputs import LayerInputs
+from octavo.calibration.observers import LAYER_OBSERVERS, OBSERVERS
+from octavo.calibration.statistics import TensorStatistics
 from octavo.quant.error import decibels
 
-__all__ = ["ALPHAS", "Smoothing", "choose_smoothing", "smooth_factors"]
+__all__ = ["ALPHAS", "Smoothing", "choose_smoothing", "input_bounds", "smooth_factors"]
 
 ALPHAS = (None, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Strengths that "auto" compares; None leaves the layer as it is."""
@@ -77,6 +79,23 @@ def choose_smoothing(
     best = max((trial(alpha, *first) for alpha in alphas), key=lambda found: found.sqnr_db)
     # the range matters less than the strength, so it is compared for the best one only
     return max([best, *(trial(best.alpha, bound) for bound in rest)], key=lambda f: f.sqnr_db)
+
+
+def input_bounds(observer: str) -> tuple[Bound, ...]:
+    """Ways to find the range of a layer's input: that of one observer, or of all for "auto"."""
+    return tuple(map(_bound, LAYER_OBSERVERS if observer == "auto" else [observer]))
+
+
+def _bound(observer: str) -> Bound:
+    def bound(rows: torch.Tensor, peak: torch.Tensor) -> float:
+        if observer == "minmax":
+            return float(peak.max())
+        statistics = TensorStatistics()
+        statistics.update("input", rows.numpy(), 0)
+        low, high = OBSERVERS[observer].range(statistics, "int8")
+        return max(-low, high)
+
+    return bound
 
 
 class _Trials:

@@ -101,7 +101,7 @@ def build_artifact(
         inputs=inputs,
         outputs=outputs,
         profiles={name: (p.min, p.opt, p.max) for name, p in request.profiles.items()},
-        skipped=dict(request.quantized.skipped) if request.quantized else {},
+        reasons=dict(request.quantized.reasons) if request.quantized else {},
     )
 
 

@@ -59,7 +59,7 @@ TACTICS: Sequence[tuple[str, re.Pattern[str]]] = (
 """Types of inputs as the names of kernels spell them ("..._i8f32_i8i32_f32_...")."""
 
 
-def parse_layers(text: str, skipped: Mapping[str, str], *, quantized: bool) -> LayerReport:
+def parse_layers(text: str, reasons: Mapping[str, str], *, quantized: bool) -> LayerReport:
     """Reads what the inspector wrote as JSON.
 
     Convolutions and matrix products have the precision of their first input; other layers that of
@@ -67,7 +67,7 @@ def parse_layers(text: str, skipped: Mapping[str, str], *, quantized: bool) -> L
 
     Args:
         text: of `get_engine_information`.
-        skipped: name of an ONNX node that was not quantized -> why not.
+        reasons: name of an ONNX node that was not quantized -> why not.
         quantized: whether layers that do not run in INT8 need a reason.
 
     Raises:
@@ -93,7 +93,7 @@ def parse_layers(text: str, skipped: Mapping[str, str], *, quantized: bool) -> L
         precision = layer.precision(any(map(_heavy, rest)), moves)
         reason = ""
         if quantized and not moves and precision != "int8":
-            reason = _reason(layer, skipped) or f"TensorRT chose {precision} for it"
+            reason = _reason(layer, reasons) or f"TensorRT chose {precision} for it"
         report.append(LayerInfo(layer.name, layer.op(rest), precision, kind, reason))
     return LayerReport(tuple(report))
 
@@ -179,6 +179,6 @@ def _named(text: str) -> str:
     return next((name for name, pattern in DTYPES if pattern.search(text)), "")
 
 
-def _reason(layer: _Layer, skipped: Mapping[str, str]) -> str:
+def _reason(layer: _Layer, reasons: Mapping[str, str]) -> str:
     names: Iterable[str] = (*layer.nodes, layer.name)
-    return next((skipped[name] for name in names if name in skipped), "")
+    return next((reasons[name] for name in names if name in reasons), "")

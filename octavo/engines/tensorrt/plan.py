@@ -171,7 +171,7 @@ class Plan:
         inspector.execution_context = self._context
         text = inspector.get_engine_information(self._api.module.LayerInformationFormat.JSON)
         quantized = self.manifest.precision.startswith("int8")
-        return parse_layers(text, self.manifest.skipped, quantized=quantized)
+        return parse_layers(text, self.manifest.reasons, quantized=quantized)
 
     def release(self) -> None:
         """Frees the context, then the engine, then the runtime."""

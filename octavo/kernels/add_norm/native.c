@@ -1,6 +1,6 @@
 /* LayerNorm over rows of float32 and what is added to them, on a CPU with AVX-512. */
 
-#include "native.h"
+#include "native_rows.h"
 
 #include <math.h>
 
@@ -28,11 +28,11 @@ INLINE float spread(const float *row, float mean, ptrdiff_t n) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* out [count, n] = (z - mean) / sqrt(variance + eps) * weight + bias with z = rows + residual; weight
-and bias [n] may be NULL, and out may be rows. */
+/* out [count, n] = (z - mean) / sqrt(variance + eps) * weight + bias with z = rows + residual, and
+where `codes` is not NULL out's codes and scales. weight and bias [n] may be NULL. */
 void octavo_add_norm(const float *rows, const float *residual, const float *weight,
-                     const float *bias, float eps, float *out, ptrdiff_t count, ptrdiff_t n,
-                     int threads) {
+                     const float *bias, float eps, float *out, int8_t *codes, float *scales,
+                     ptrdiff_t count, ptrdiff_t n, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (ptrdiff_t i = 0; i < count; i++) {
         float *row = out + i * n;
@@ -46,5 +46,6 @@ void octavo_add_norm(const float *rows, const float *residual, const float *weig
             if (bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, bias + at));
             _mm512_mask_storeu_ps(row + at, mask, y);
         }
+        if (codes) scales[i] = quantize_row(row, n, codes + i * n);
     }
 }

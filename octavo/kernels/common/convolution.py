@@ -6,9 +6,9 @@ right, top, bottom, as in `torch.nn.functional.pad`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -35,8 +35,7 @@ Sides: TypeAlias = tuple[int, int, int, int]
 Padding: TypeAlias = "int | str | tuple[int, int] | Sides"
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A window that moves over pixels.
 
     Attributes:
@@ -77,19 +76,20 @@ class Window:
         )
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(NamedTuple):
     """What is done with images and weights.
 
     Attributes:
         window: where the taps are.
         zero_point: quantized value that padding holds; 0 for floats.
-        epilogue: what happens to the sums.
+        epilogue: what happens to the sums; its residual is [B, H', W', N].
+        groups: into which the channels of the images and of the result are split.
     """
 
     window: Window
     zero_point: int
     epilogue: Epilogue
+    groups: int
 
     def finish(self, sums: torch.Tensor) -> torch.Tensor:
         """From sums [B, C, H, W], no longer needed, to the result, channels_last."""
@@ -109,6 +109,35 @@ def check_zero_point(x: torch.Tensor, zero_point: int) -> None:
         raise InputError(
             f"zero_point is {zero_point} and belongs to int8 codes, and x is {x.dtype}; leave it 0"
         )
+
+
+def window_of(
+    x: torch.Tensor, w: torch.Tensor, stride: Size2d, padding: Padding, dilation: Size2d
+) -> Window:
+    """`make_window` for images and weights, read once for each kind of call.
+
+    Of tensors that an operator refuses, without four axes or pixels, it makes any window.
+
+    Raises:
+        InputError: see `make_window`.
+    """
+    if x.ndim != 4 or w.ndim != 4 or 0 in (*x.shape[2:], *w.shape[2:]):
+        return Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+    read = make_window if torch.compiler.is_compiling() else _kept_window
+    try:
+        return read(w.shape[2:], x.shape[2:], stride, padding, dilation)
+    except TypeError:  # lists cannot be looked up
+        return make_window(w.shape[2:], x.shape[2:], stride, padding, dilation)
+
+
+def as_rows(images: torch.Tensor | None) -> torch.Tensor | None:
+    """Images [B, C, H, W] as a product has them, [B, H, W, C]; what has other axes as it is."""
+    return images if images is None or images.ndim != 4 else images.movedim(1, -1)
+
+
+def as_images(rows: torch.Tensor) -> torch.Tensor:
+    """The reverse of `as_rows`."""
+    return rows if rows.ndim != 4 else rows.movedim(-1, 1)
 
 
 def make_window(
@@ -148,15 +177,7 @@ def make_window(
     return window
 
 
-def window_of(
-    weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Window:
-    """The window again, from the lists that a registered operator takes."""
-    kh, kw = weight.shape[-2:]
-    left, right, top, bottom = padding
-    return Window(
-        (kh, kw), (stride[0], stride[1]), (left, right, top, bottom), (dilation[0], dilation[1])
-    )
+_kept_window = functools.lru_cache(maxsize=4096)(make_window)
 
 
 def both(value: Any) -> tuple[int, int]:

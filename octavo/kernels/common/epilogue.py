@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -46,8 +46,7 @@ IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Epilogue:
+class Epilogue(NamedTuple):
     """What happens to the accumulators; see `schema.int8_gemm` for the fields.
 
     Int32 output is the accumulators. Sums of floats, of other operators, have no scales.
@@ -189,10 +188,10 @@ def check_tensor(
     name: str,
     value: torch.Tensor | None,
     shapes: list[tuple[int, ...]],
-    x_q: torch.Tensor,
+    x: torch.Tensor,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
-    """An argument, where it is given, has one of these shapes and dtypes, and the device of x_q.
+    """An argument, where it is given, has one of these shapes and dtypes, and the device of x.
 
     Raises:
         InputError: it has another.
@@ -205,5 +204,5 @@ def check_tensor(
         raise InputError(
             f"{name} is {value.dtype} {list(value.shape)}; it must be {kinds} {wanted}"
         )
-    if value.device != x_q.device:
-        raise InputError(f"{name} is on {value.device} and x_q on {x_q.device}; move one of them")
+    if value.device != x.device:
+        raise InputError(f"{name} is on {value.device} and x on {x.device}; move one of them")

@@ -7,25 +7,22 @@ bias becomes 0 under ReLU.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import MutableMapping
 
 import torch
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from octavo.kernels.common.convolution import Convolution, Window
 from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.common.packed import packed
+from octavo.quant.requantize import UNSIGNED, bias_from_grid
 
-__all__ = ["int8_conv2d", "why_not"]
+__all__ = ["int8_conv2d", "reason"]
 
-SHIFT = 128
-"""Activations are uint8 there: codes plus 128, and so is their zero point."""
 MOST_EXACT = 2**24 // 128**2 - 1
 """Products whose sum float32, the type in which sums come out, holds in any case."""
-MOST_FORMS = 8
+MOST_SHAPES = 8
 """Shapes of images for which a weight's packing is kept."""
 POST: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),
@@ -37,12 +34,8 @@ POST: dict[str, tuple[str, list[float]]] = {
 """Activations as oneDNN calls them, and their limits."""
 OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 
-_Forms = dict[tuple[object, ...], torch.Tensor | None]
-_packed: MutableMapping[torch.Tensor, tuple[int, _Forms]] = WeakTensorKeyDictionary()
-"""Weights' codes -> their version, and what oneDNN made of them for windows and shapes."""
 
-
-def why_not(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
+def reason(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
     """Why oneDNN cannot make this convolution, or nothing."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device.type}"
@@ -51,7 +44,7 @@ def why_not(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
     products = math.prod(w.shape[1:])
     if c.epilogue.out_dtype == torch.int32 and products > MOST_EXACT:
         return f"sums of {products} products come out in float32, which may round them"
-    return why_not_here()
+    return reason_here()
 
 
 def int8_conv2d(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
@@ -73,10 +66,10 @@ def int8_conv2d(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tenso
     y = _convolve(codes, w, window, first)
     if e.out_dtype == torch.int32:
         return y.to(torch.int32)
-    rest = dataclasses.replace(
-        e, scale_x=None, scale_w=None, bias=None, activation="none" if known else e.activation
+    rest = e._replace(
+        scale_x=None, scale_w=None, bias=None, activation="none" if known else e.activation
     )
-    return dataclasses.replace(c, epilogue=rest).finish(y)
+    return c._replace(epilogue=rest).finish(y)
 
 
 def _is_whole(e: Epilogue) -> bool:
@@ -94,23 +87,23 @@ def _unsigned(x: torch.Tensor, c: Convolution) -> tuple[torch.Tensor, Window]:
     window, (batch, channels, height, width) = c.window, x.shape
     values = x.contiguous(memory_format=torch.channels_last).view(torch.uint8)
     if window.symmetric and not (c.zero_point and any(window.padding)):
-        return values.bitwise_xor(SHIFT), window
+        return values.bitwise_xor(UNSIGNED), window
     left, right, top, bottom = window.padding
     size = (batch, height + top + bottom, width + left + right, channels)
-    padded = torch.full(size, SHIFT + c.zero_point, dtype=torch.uint8).permute(0, 3, 1, 2)
+    padded = x.new_full(size, UNSIGNED + c.zero_point, dtype=torch.uint8).permute(0, 3, 1, 2)
     inner = padded[:, :, top : top + height, left : left + width]
-    torch.bitwise_xor(values, SHIFT, out=inner)
-    return padded, dataclasses.replace(window, padding=(0, 0, 0, 0))
+    torch.bitwise_xor(values, UNSIGNED, out=inner)
+    return padded, window._replace(padding=(0, 0, 0, 0))
 
 
 def _convolve(codes: torch.Tensor, w: torch.Tensor, window: Window, e: Epilogue) -> torch.Tensor:
     """The convolution with an epilogue that oneDNN has."""
     n, (post, limits) = len(w), POST[e.activation]
-    scale_w = torch.ones(n) if e.scale_w is None else e.scale_w.expand(n).contiguous()
+    scale_w = _ones(n) if e.scale_w is None else e.scale_w.expand(n).contiguous()
     before = (
         codes,
         1.0 if e.scale_x is None else float(e.scale_x),
-        SHIFT,
+        UNSIGNED,
         _pack(w, codes.shape, window),
         scale_w,
         _zeros(n),
@@ -140,59 +133,64 @@ def _bias(e: Epilogue, scale_w: torch.Tensor) -> torch.Tensor | None:
     """The bias behind the scales, where oneDNN adds it."""
     if e.bias is None or e.bias.dtype != torch.int32:
         return None if e.bias is None else e.bias.float()
-    step = scale_w.double() if e.scale_x is None else scale_w.double() * e.scale_x.double()
-    return (e.bias.double() * step).float()
+    unit = scale_w.double() if e.scale_x is None else scale_w.double() * e.scale_x.double()
+    return bias_from_grid(e.bias, unit)
 
 
 @functools.lru_cache(maxsize=64)
 def _zeros(n: int) -> torch.Tensor:
     """Zero points of weights."""
     with torch.inference_mode(False):
-        return torch.zeros(n, dtype=torch.int32)
+        return torch.zeros(n, dtype=torch.int32, device="cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(n: int) -> torch.Tensor:
+    """Scales that change nothing."""
+    with torch.inference_mode(False):
+        return torch.ones(n, dtype=torch.float32, device="cpu")
 
 
 def _pack(w: torch.Tensor, shape: torch.Size, window: Window) -> torch.Tensor:
-    """Weights in the order that oneDNN likes for a shape of images, kept as long as they live.
+    """Weights in the order that oneDNN likes for a shape of images.
 
     Packing can take as long as fifty convolutions. With a packing for another shape the result is
     the same, but oneDNN reorders it at every call. So a further shape gets its own when it is seen
     a second time.
     """
-    version = 0 if w.is_inference() else w._version
-    known = _packed.get(w)
-    if known is None or known[0] != version:
-        known = _packed[w] = version, {}
-    forms, key = known[1], (*shape, window)
-    found = forms.get(key)
+    made = packed(w, "onednn", lambda _: dict[tuple[object, ...], torch.Tensor | None]())
+    key = (*shape, window)
+    found = made.get(key)
     if found is not None:
         return found
-    kept = next((form for form in forms.values() if form is not None), None)
-    if key in forms or kept is None:
-        kept = forms[key] = torch.ops.onednn.qconv_prepack(
-            w.contiguous(),
-            torch.ones(len(w)),
-            1.0,
-            SHIFT,
-            window.stride,
-            (window.padding[2], window.padding[0]),
-            window.dilation,
-            shape[1] // w.shape[1],
-            list(shape),
-        )
+    kept = next((one for one in made.values() if one is not None), None)
+    if kept is not None and key not in made:
+        made[key] = None
     else:
-        forms[key] = None
-    if len(forms) > MOST_FORMS:
-        del forms[next(iter(forms))]
+        with torch.inference_mode(False):
+            kept = made[key] = torch.ops.onednn.qconv_prepack(
+                w.detach().contiguous(),
+                _ones(len(w)),
+                1.0,
+                UNSIGNED,
+                window.stride,
+                (window.padding[2], window.padding[0]),
+                window.dilation,
+                shape[1] // w.shape[1],
+                list(shape),
+            )
+    if len(made) > MOST_SHAPES:
+        del made[next(iter(made))]
     return kept
 
 
 @functools.cache
-def why_not_here() -> str:
+def reason_here() -> str:
     """Why oneDNN's sums are not to be had on this machine, or nothing: tried with large codes.
 
     Kernels without VNNI add pairs of products in 16 bits, which saturates, or halve the weights.
     """
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     for channels, n, taps, groups in (
         (64, 64, 3, 1),
         (3, 33, 3, 1),
@@ -201,9 +199,11 @@ def why_not_here() -> str:
     ):
         for x_code in (-128, 127):
             for w_code in (-128, 127):
-                x = torch.full((1, channels, 9, 9), x_code)
-                x = torch.where(torch.rand(x.shape, generator=random) < 0.1, -x_code - 1, x)
-                w = torch.full((n, channels // groups, taps, taps), w_code)
+                x = torch.full((1, channels, 9, 9), x_code, device="cpu")
+                x = torch.where(
+                    torch.rand(x.shape, generator=random, device="cpu") < 0.1, -x_code - 1, x
+                )
+                w = torch.full((n, channels // groups, taps, taps), w_code, device="cpu")
                 try:
                     found = _sums(x.to(torch.int8), w.to(torch.int8))
                 except (RuntimeError, AttributeError) as error:
@@ -217,5 +217,5 @@ def why_not_here() -> str:
 def _sums(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     window = Window((w.shape[2], w.shape[3]), (1, 1), (0, 0, 0, 0), (1, 1))
     raw = Epilogue(None, None, None, None, None, "none", torch.float32)
-    codes, window = _unsigned(x, Convolution(window, 0, raw))
+    codes, window = _unsigned(x, Convolution(window, 0, raw, x.shape[1] // w.shape[1]))
     return _convolve(codes, w, window, raw)

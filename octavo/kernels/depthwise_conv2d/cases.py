@@ -13,7 +13,7 @@ from torch.nn import functional
 from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.common.codes import to_int8
 from octavo.kernels.common.convolution import Window, make_window
-from octavo.kernels.depthwise_conv2d.configs import config, loaded_pixels
+from octavo.kernels.depthwise_conv2d.configs import default_config, loaded_pixels
 from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
 
 __all__ = [
@@ -133,22 +133,22 @@ def value_size(case: Case) -> int:
     return 1 if " i8 of " in case.name else case.dtype.itemsize
 
 
-def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+def planned_bytes(case: Case, config: Mapping[str, int] | None = None) -> int:
     """What the kernel's programs read and write, each program each byte once.
 
     Pixels that two tiles need are read by both, the second time from the L2 cache, mostly.
 
     Args:
         case: of `cases`.
-        tiles: fields of `tiles.config`; those of the rule when not given.
+        config: fields of `default_config`; those of the rule when not given.
     """
     batch, channels, height, width, kernel, stride = case.shape
     window = _window(height, width, kernel, stride)
     high, wide = window.out_size(height, width)
     size = value_size(case)
-    tiles = tiles or config(batch, high, wide, channels, size)
-    programs = math.ceil(high / tiles["BLOCK_H"]) * math.ceil(wide / tiles["BLOCK_W"])
-    read = loaded_pixels(window, high, wide, tiles) - height * width
+    config = config or default_config(batch, high, wide, channels, size)
+    programs = math.ceil(high / config["BLOCK_H"]) * math.ceil(wide / config["BLOCK_W"])
+    read = loaded_pixels(window, high, wide, config) - height * width
     again = batch * read * channels + (batch * programs - 1) * channels * window.taps
     return case.bytes + max(0, again) * size
 

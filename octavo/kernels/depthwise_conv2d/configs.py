@@ -8,9 +8,17 @@ from collections.abc import Iterator, Mapping
 
 from octavo.kernels.common.convolution import Window
 
-__all__ = ["candidates", "config", "loaded_pixels", "power_of_two", "scattered", "spread", "unit"]
+__all__ = [
+    "candidates",
+    "default_config",
+    "loaded_pixels",
+    "power_of_two",
+    "scattered",
+    "spread",
+    "unit",
+]
 
-Tiles = dict[str, int]
+Config = dict[str, int]
 
 LINE = 64
 """Bytes of a pixel that a program reads at once: two sectors of the cache."""
@@ -20,7 +28,7 @@ ENOUGH = 256
 """Programs that keep a large card busy."""
 
 
-def config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Tiles:
+def default_config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Config:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     Few bytes of many pixels, in as square a tile as the image allows, so that few pixels around
@@ -40,23 +48,23 @@ def config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Tile
     values, row = (FEW_VALUES, 0) if scattered(channels, size) else (VALUES, 1)
     for warps in (8, 4, 2):
         block = min(power_of_two(channels), LINE // size)
-        tiles = _tiles(out_h, out_w, block, warps, row, values)
-        if batch * _programs(tiles, out_h, out_w, channels) >= ENOUGH:
+        config = _config(out_h, out_w, block, warps, row, values)
+        if batch * _programs(config, out_h, out_w, channels) >= ENOUGH:
             break
-    return tiles
+    return config
 
 
-def candidates(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Tiles]:
+def candidates(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Config]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
-    found = [config(batch, out_h, out_w, channels, size)]
+    found = [default_config(batch, out_h, out_w, channels, size)]
     apart = scattered(channels, size)
     values, rows = (FEW_VALUES, (0,)) if apart else (VALUES, (1, 0))
     for line, warps, row in itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), rows):
         block = min(power_of_two(channels), line // size)
-        tiles = _tiles(out_h, out_w, block, warps, row, values)
-        if tiles not in found:
-            found.append(tiles)
-            yield tiles
+        config = _config(out_h, out_w, block, warps, row, values)
+        if config not in found:
+            found.append(config)
+            yield config
 
 
 def spread(out_h: int, out_w: int, pixels: int) -> tuple[int, int]:
@@ -69,15 +77,15 @@ def spread(out_h: int, out_w: int, pixels: int) -> tuple[int, int]:
     return height, pixels // height
 
 
-def loaded_pixels(window: Window, out_h: int, out_w: int, tiles: Mapping[str, int]) -> int:
+def loaded_pixels(window: Window, out_h: int, out_w: int, config: Mapping[str, int]) -> int:
     """Pixels of one image that all programs of a block of channels read, each program each once.
 
     What a program reads of a pixel again comes from its multiprocessor's cache. The image itself
     has fewer pixels, since the windows of neighbouring tiles overlap; those of the padding count
     here too.
     """
-    down = math.ceil(out_h / tiles["BLOCK_H"]), out_h, tiles["BLOCK_H"]
-    across = math.ceil(out_w / tiles["BLOCK_W"]), out_w, tiles["BLOCK_W"]
+    down = math.ceil(out_h / config["BLOCK_H"]), out_h, config["BLOCK_H"]
+    across = math.ceil(out_w / config["BLOCK_W"]), out_w, config["BLOCK_W"]
     total = 1
     for (count, size, block), stride, span in zip(
         (down, across), window.stride, window.span, strict=True
@@ -88,10 +96,10 @@ def loaded_pixels(window: Window, out_h: int, out_w: int, tiles: Mapping[str, in
     return total
 
 
-def _programs(tiles: Mapping[str, int], out_h: int, out_w: int, channels: int) -> int:
+def _programs(config: Mapping[str, int], out_h: int, out_w: int, channels: int) -> int:
     """Programs for one image."""
     sizes = (("BLOCK_H", out_h), ("BLOCK_W", out_w), ("BLOCK_C", channels))
-    return math.prod(math.ceil(size / tiles[name]) for name, size in sizes)
+    return math.prod(math.ceil(size / config[name]) for name, size in sizes)
 
 
 def scattered(channels: int, size: int) -> bool:
@@ -117,7 +125,7 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _tiles(out_h: int, out_w: int, block: int, warps: int, row: int, values: int) -> Tiles:
+def _config(out_h: int, out_w: int, block: int, warps: int, row: int, values: int) -> Config:
     pixels = max(1, 32 * warps * values // block)
     height, width = spread(out_h, out_w, min(pixels, power_of_two(out_h) * power_of_two(out_w)))
     return {

@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from octavo.kernels.common.convolution import Convolution
 
-__all__ = ["depthwise_conv2d", "why_not"]
+__all__ = ["depthwise_conv2d", "reason"]
 
 MOST_TAPS = 2**24 // (128 * (255 + 128))
 """Taps of a code that the zero point was taken from, and of the zero point itself."""
 
 
-def why_not(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> str:
+def reason(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> str:
     """Why torch's convolution cannot take these, or nothing."""
     if x.is_floating_point():
         return ""

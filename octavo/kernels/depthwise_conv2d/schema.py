@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from octavo.core.errors import InputError
@@ -14,18 +11,17 @@ from octavo.kernels.common.convolution import (
     Padding,
     Size2d,
     check_zero_point,
-    make_window,
     window_of,
 )
-from octavo.kernels.common.epilogue import Epilogue, check_epilogue
+from octavo.kernels.common.epilogue import FLOATS, Epilogue, check_epilogue
 from octavo.kernels.depthwise_conv2d import conv2d, reference
-from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
-from octavo.kernels.dispatch.tuning import size_bucket
+from octavo.kernels.dispatch.autotune import size_bucket
+from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
+from octavo.kernels.dispatch.select import Implementation, triton_reason
 
-__all__ = ["check_images", "depthwise_conv1d", "depthwise_conv2d", "kind", "result_dtype"]
+__all__ = ["bucket", "check_images", "depthwise_conv1d", "depthwise_conv2d", "result_dtype"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
+DTYPES = (*FLOATS, torch.int8)
 
 
 def depthwise_conv2d(
@@ -88,20 +84,13 @@ def depthwise_conv2d(
         InputError: a wrong dtype, shape, device or number.
         UnsupportedError: the backend asked for cannot run this.
     """
-    check_images(x, weight)
-    check_zero_point(x, zero_point)
-    window = make_window(weight.shape[2:], x.shape[2:], stride, padding, dilation)
     dtype = result_dtype(x, out_dtype, out_scale)
-    tensors = (x, weight, bias, scale_x, scale_w, out_scale)
-    numbers = (window.stride, window.padding, window.dilation)
-    arguments = (*tensors, *numbers, activation, zero_point, out_zero_point, dtype)
-    bound = _bind(*arguments)
-    check_epilogue(bound[-1].epilogue, x, scales_x=[()], n=x.shape[1], result=())
-    inlined = is_inlined(x, backend) or wants_gradient(backend, x, weight, bias)
-    if inlined and not conv2d.why_not(*bound):
-        return conv2d.depthwise_conv2d(*bound)
-    call = _run if is_plain_call(*tensors) else torch.ops.octavo.depthwise_conv2d
-    result: torch.Tensor = call(*arguments, backend)
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, None, out_scale, activation, dtype, out_zero_point=out_zero_point
+    )
+    window = window_of(x, weight, stride, padding, dilation)
+    convolution = Convolution(window, zero_point, epilogue, weight.shape[0] if weight.ndim else 0)
+    result: torch.Tensor = OPERATOR(x, weight, convolution, backend=backend)
     return result
 
 
@@ -188,52 +177,22 @@ def result_dtype(
     return x.dtype if x.is_floating_point() else torch.float32
 
 
-def _bind(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    zero_point: int,
-    out_zero_point: int,
-    out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, Convolution]:
-    """What bodies take, from the arguments of the registered operator."""
-    epilogue = Epilogue(
-        scale_x, scale_w, bias, None, out_scale, activation, out_dtype,
-        out_zero_point=out_zero_point,
-    )  # fmt: skip
-    window = window_of(weight, stride, padding, dilation)
-    return x, weight, Convolution(window, zero_point, epilogue)
+def _check(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> None:
+    check_images(x, weight)
+    check_zero_point(x, c.zero_point)
+    check_epilogue(c.epilogue, x, scales_x=[()], n=x.shape[1], result=())
 
 
-def _run(*arguments: Any) -> torch.Tensor:
-    *given, backend = arguments
-    result: torch.Tensor = run("depthwise_conv2d", _BODIES, backend, _bind(*given), kind)
-    return result
+def _inline(
+    x: torch.Tensor, weight: torch.Tensor, c: Convolution, backend: str
+) -> torch.Tensor | None:
+    inlined = compiled_inline(x, backend) or wants_gradient(backend, x, weight, c.epilogue.bias)
+    if not inlined or conv2d.reason(x, weight, c):
+        return None
+    return conv2d.depthwise_conv2d(x, weight, c)
 
 
-_operator = torch.library.custom_op(
-    "octavo::depthwise_conv2d",
-    _run,
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale_x, Tensor? scale_w, "
-        "Tensor? out_scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-        "str activation, int zero_point, int out_zero_point, ScalarType out_dtype, str backend) "
-        "-> Tensor"
-    ),
-)
-
-
-@_operator.register_fake
-def _fake(*arguments: Any) -> torch.Tensor:
-    x, _, c = _bind(*arguments[:-1])
+def _fake(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> torch.Tensor:
     return torch.empty(
         (x.shape[0], x.shape[1], *c.window.out_size(*x.shape[2:])),
         dtype=c.epilogue.out_dtype,
@@ -249,8 +208,8 @@ def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tens
     return result
 
 
-def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
-    """What decides which body is the fastest."""
+def bucket(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
+    """What decides which implementation is the fastest."""
     return (
         size_bucket(x.shape[0]),
         *x.shape[1:],
@@ -265,15 +224,22 @@ def kind(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object
     )
 
 
-def _why_not_onednn(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> str:
+def _onednn_reason(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> str:
     if x.is_floating_point():
         return "oneDNN's convolution is here for codes"
-    return onednn.why_not(x, weight, c)
+    return onednn.reason(x, weight, c)
 
 
-_BODIES = (
-    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
-    Body("onednn", _why_not_onednn, onednn.int8_conv2d),
-    Body("conv2d", conv2d.why_not, conv2d.depthwise_conv2d),
-    Body("reference", lambda *_: "", reference.depthwise_conv2d, "last"),
+OPERATOR = Operator(
+    "depthwise_conv2d",
+    _check,
+    (
+        Implementation("triton", lambda x, *_: triton_reason(x, (8, 0)), _triton),
+        Implementation("onednn", _onednn_reason, onednn.int8_conv2d),
+        Implementation("conv2d", conv2d.reason, conv2d.depthwise_conv2d),
+        Implementation("reference", lambda *_: "", reference.depthwise_conv2d, "last"),
+    ),
+    _fake,
+    bucket=bucket,
+    inline=_inline,
 )

@@ -14,20 +14,20 @@ import triton
 
 from octavo.kernels.common.convolution import Convolution
 from octavo.kernels.common.triton_launch import end_arguments, end_constants
-from octavo.kernels.depthwise_conv2d.configs import candidates, config, unit
+from octavo.kernels.depthwise_conv2d.configs import candidates, default_config, unit
 from octavo.kernels.depthwise_conv2d.triton_depthwise import depthwise_kernel
-from octavo.kernels.dispatch.tuning import best, size_bucket
+from octavo.kernels.dispatch.autotune import best_config, size_bucket
 
 __all__ = ["by_taps", "depthwise_conv2d", "window_arguments"]
 
-_rule = functools.lru_cache(maxsize=4096)(config)
+_rule = functools.lru_cache(maxsize=4096)(default_config)
 
 
 def depthwise_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
     c: Convolution,
-    tiles: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     """See `schema.depthwise_conv2d`.
 
@@ -35,7 +35,7 @@ def depthwise_conv2d(
         x: [B, C, H, W].
         weight: [C, 1, kh, kw].
         c: what is done with them.
-        tiles: fields of `tiles.config`, in its place, for tests.
+        config: fields of `default_config`, in its place, for tests.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     size = c.window.out_size(x.shape[2], x.shape[3])
@@ -48,7 +48,7 @@ def depthwise_conv2d(
     if out.numel():
         with torch.cuda.device_of(x):
             weight = by_taps(weight)
-            _launch(x, weight, out, c, _choose(x, weight, out, c) if tiles is None else tiles)
+            _launch(x, weight, out, c, _choose(x, weight, out, c) if config is None else config)
     return out
 
 
@@ -70,7 +70,7 @@ def window_arguments(x: torch.Tensor, c: Convolution) -> tuple[int, ...]:
 def _choose(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, c: Convolution
 ) -> Mapping[str, int]:
-    """The tuned tiles, or those of the rule."""
+    """The tuned configuration, or that of the rule."""
     batch, channels, height, width = out.shape
     shape = (size_bucket(batch), height, width, channels, x.element_size())
     (kh, kw), (down, across) = c.window.kernel, c.window.stride
@@ -79,15 +79,15 @@ def _choose(
         f"{x.element_size()} {out.element_size()} {c.epilogue.activation}"
     )
 
-    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+    def run(config: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
-        _launch(x, weight, result, c, tiles)
+        _launch(x, weight, result, c, config)
         return result
 
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(*shape)
 
-    return best("depthwise_conv2d", key, x.device, _rule(*shape), others, run)
+    return best_config("depthwise_conv2d", key, x.device, _rule(*shape), others, run)
 
 
 def _launch(
@@ -95,15 +95,15 @@ def _launch(
     weight: torch.Tensor,
     out: torch.Tensor,
     c: Convolution,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
 ) -> None:
     """Fills `out` [B, C, H', W'] from x [B, C, H, W], both channels_last, and `by_taps` weights."""
     batch, channels, height, width = out.shape
-    count = triton.cdiv(height, tiles["BLOCK_H"]) * triton.cdiv(width, tiles["BLOCK_W"])
-    grid = (batch * count * triton.cdiv(channels, tiles["BLOCK_C"]),)
+    count = triton.cdiv(height, config["BLOCK_H"]) * triton.cdiv(width, config["BLOCK_W"])
+    grid = (batch * count * triton.cdiv(channels, config["BLOCK_C"]),)
     depthwise_kernel[grid](
         x, weight, out, *end_arguments(c.epilogue, x), c.zero_point,
         batch * height * width, *window_arguments(x, c),
         **end_constants(c.epilogue), KH=c.window.kernel[0], KW=c.window.kernel[1],
-        UNIT=unit(channels), **tiles,
+        UNIT=unit(channels), **config,
     )  # fmt: skip

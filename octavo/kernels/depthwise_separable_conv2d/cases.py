@@ -16,7 +16,7 @@ from octavo.kernels.depthwise_conv2d.cases import (
     in_torch_orders,
     value_size,
 )
-from octavo.kernels.depthwise_separable_conv2d.configs import config, loaded_bytes
+from octavo.kernels.depthwise_separable_conv2d.configs import default_config, loaded_bytes
 from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "planned_bytes", "small_shapes"]
@@ -123,7 +123,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, codes: bool) -> Case:
     )
 
 
-def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+def planned_bytes(case: Case, config: Mapping[str, int] | None = None) -> int:
     """What the kernel's programs read and write, each program each byte once.
 
     Pixels and pointwise weights that two tiles need are read by both, the second time from the L2
@@ -131,14 +131,14 @@ def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
 
     Args:
         case: of `cases`.
-        tiles: fields of `tiles.config`; those of the rule when not given.
+        config: fields of `default_config`; those of the rule when not given.
     """
     batch, channels, side, outputs, kernel, stride = case.shape
     window = make_window((kernel, kernel), (side, side), stride, (kernel - 1) // 2, 1)
     out = window.out_size(side, side)
     size = value_size(case)
-    tiles = tiles or config(*out, channels, outputs, size)
-    read = loaded_bytes(window, batch, *out, channels, outputs, size, tiles)
+    config = config or default_config(*out, channels, outputs, size)
+    read = loaded_bytes(window, batch, *out, channels, outputs, size, config)
     once = (batch * side**2 + outputs) * channels * size
     return case.bytes + max(0, read - once)
 

@@ -16,9 +16,9 @@ from octavo.kernels.depthwise_conv2d.configs import (
     unit,
 )
 
-__all__ = ["candidates", "config", "loaded_bytes", "pieces"]
+__all__ = ["candidates", "default_config", "loaded_bytes", "pieces"]
 
-Tiles = dict[str, int]
+Config = dict[str, int]
 
 LEAST_PIXELS = 16
 """Rows of the smallest product of tensor cores."""
@@ -29,7 +29,7 @@ SCATTERED = (LEAST_PIXELS, 128, LINE // 2, False)
 """Pixels, output channels, bytes of a pixel, and no row at once, where values lie unaligned."""
 
 
-def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Tiles:
+def default_config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Config:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     64 pixels, which is what one instruction of sm_90 multiplies, and all output channels up to
@@ -47,28 +47,28 @@ def config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Ti
         BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_N, ROW, num_warps, num_stages; see `depthwise_conv2d`.
     """
     if scattered(channels, size):
-        return _tiles(out_h, out_w, channels, outputs, size, *SCATTERED)
-    return _tiles(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, size > 1)
+        return _config(out_h, out_w, channels, outputs, size, *SCATTERED)
+    return _config(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, size > 1)
 
 
-def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Tiles]:
+def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Config]:
     """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
     found = []
     if scattered(channels, size):
-        yield config(out_h, out_w, channels, outputs, size)
+        yield default_config(out_h, out_w, channels, outputs, size)
         return
     for (pixels, most), row, line in itertools.product(SHAPES, (False, True), (LINE, 2 * LINE)):
-        tiles = _tiles(out_h, out_w, channels, outputs, size, pixels, most, line, row)
+        config = _config(out_h, out_w, channels, outputs, size, pixels, most, line, row)
         fits = not row or (size > 1 and pixels <= 64)  # the registers
-        if fits and tiles not in found:
-            found.append(tiles)
-            yield tiles
+        if fits and config not in found:
+            found.append(config)
+            yield config
 
 
-def pieces(tiles: Mapping[str, int]) -> int:
+def pieces(config: Mapping[str, int]) -> int:
     """Parts of a tile that the epilogue takes in turn, so that a thread has about 32 values."""
-    pixels = tiles["BLOCK_H"] * tiles["BLOCK_W"]
-    values = pixels * tiles["BLOCK_N"] // (32 * tiles["num_warps"])
+    pixels = config["BLOCK_H"] * config["BLOCK_W"]
+    values = pixels * config["BLOCK_N"] // (32 * config["num_warps"])
     return min(4, max(1, values // 32))
 
 
@@ -80,16 +80,16 @@ def loaded_bytes(
     channels: int,
     outputs: int,
     size: int,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
 ) -> int:
     """Bytes of images and pointwise weights that all programs read, each program each once."""
-    images = loaded_pixels(window, out_h, out_w, tiles) * channels
-    count = math.ceil(out_h / tiles["BLOCK_H"]) * math.ceil(out_w / tiles["BLOCK_W"])
-    again = math.ceil(outputs / tiles["BLOCK_N"])
+    images = loaded_pixels(window, out_h, out_w, config) * channels
+    count = math.ceil(out_h / config["BLOCK_H"]) * math.ceil(out_w / config["BLOCK_W"])
+    again = math.ceil(outputs / config["BLOCK_N"])
     return batch * size * (images * again + count * outputs * channels)
 
 
-def _tiles(
+def _config(
     out_h: int,
     out_w: int,
     channels: int,
@@ -99,7 +99,7 @@ def _tiles(
     most: int,
     line: int,
     row: bool,
-) -> Tiles:
+) -> Config:
     least = 32 // min(size, 2)  # what a step of a product takes: 32 codes, or 16 others
     block_n = max(16, min(power_of_two(outputs), most))
     unaligned = scattered(channels, size) or unit(channels) > 1  # whose addresses take registers

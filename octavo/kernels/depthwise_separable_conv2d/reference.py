@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ from octavo.kernels.depthwise_conv2d.reference import depthwise_conv2d
 __all__ = ["Separable", "depthwise_separable_conv2d"]
 
 
-@dataclass(frozen=True)
-class Separable:
+class Separable(NamedTuple):
     """What is done with images and both weights.
 
     Attributes:

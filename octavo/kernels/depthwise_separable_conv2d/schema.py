@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from octavo.core.errors import InputError
@@ -12,21 +9,19 @@ from octavo.kernels.common.convolution import (
     Convolution,
     Padding,
     Size2d,
+    as_images,
+    as_rows,
     check_zero_point,
-    make_window,
     window_of,
 )
 from octavo.kernels.common.epilogue import FLOATS, MAX_K, Epilogue, check_epilogue, check_tensor
-from octavo.kernels.depthwise_conv2d.schema import check_images, kind, result_dtype
+from octavo.kernels.depthwise_conv2d.schema import bucket, check_images, result_dtype
 from octavo.kernels.depthwise_separable_conv2d import reference, two_kernel
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
-from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
+from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
+from octavo.kernels.dispatch.select import Implementation, triton_reason
 
 __all__ = ["depthwise_separable_conv2d"]
-
-Optional = torch.Tensor | None
-NAME = "depthwise_separable_conv2d"
 
 
 def depthwise_separable_conv2d(
@@ -105,42 +100,41 @@ def depthwise_separable_conv2d(
         InputError: a wrong dtype, shape, device or number.
         UnsupportedError: the backend asked for cannot run this.
     """
-    check_images(x, dw_weight)
-    check_zero_point(x, zero_point)
-    window = make_window(dw_weight.shape[2:], x.shape[2:], stride, padding, dilation)
-    pw_weight = _check_weights(x, pw_weight)
     dtype = result_dtype(x, out_dtype, out_scale)
-    scales = {"scale_x": scale_x, "dw_scale": dw_scale, "mid_scale": mid_scale}
-    _check_middle(x, scales, mid_zero_point)
-    size = window.out_size(x.shape[2], x.shape[3])
-    shape = (x.shape[0], pw_weight.shape[0], *size)
-    check_tensor("residual", residual, [shape], x, (*FLOATS, torch.int8))
-    tensors = (
-        x, dw_weight, dw_bias, pw_weight, pw_bias, residual,
-        scale_x, dw_scale, mid_scale, pw_scale, out_scale, residual_scale,
+    first = Epilogue(
+        scale_x, dw_scale, dw_bias, None, mid_scale, dw_activation, x.dtype,
+        out_zero_point=mid_zero_point,
     )  # fmt: skip
-    numbers = (
-        window.stride, window.padding, window.dilation, dw_activation, pw_activation,
-        zero_point, mid_zero_point, out_zero_point, residual_zero_point, dtype,
-    )  # fmt: skip
-    bound = _bind(*tensors, *numbers)
-    _check_halves(x, bound[-1], shape)
-    inlined = is_inlined(x, backend)
-    if inlined or wants_gradient(backend, x, dw_weight, dw_bias, pw_weight, pw_bias, residual):
-        return two_kernel.depthwise_separable_conv2d(*bound)
-    call = _run if is_plain_call(*tensors) else torch.ops.octavo.depthwise_separable_conv2d
-    result: torch.Tensor = call(*tensors, *numbers, backend)
+    second = Epilogue(
+        None if dtype == torch.int32 else mid_scale,
+        pw_scale,
+        pw_bias,
+        as_rows(residual),
+        out_scale,
+        pw_activation,
+        dtype,
+        residual_scale,
+        out_zero_point,
+        residual_zero_point,
+    )
+    if pw_weight.ndim == 4 and pw_weight.shape[2:] == (1, 1):
+        pw_weight = pw_weight.flatten(1)
+    window = window_of(x, dw_weight, stride, padding, dilation)
+    halves = Separable(
+        Convolution(window, zero_point, first, dw_weight.shape[0] if dw_weight.ndim else 0), second
+    )
+    result: torch.Tensor = OPERATOR(x, dw_weight, pw_weight, halves, backend=backend)
     return result
 
 
-def _check_weights(x: torch.Tensor, pw_weight: torch.Tensor) -> torch.Tensor:
-    """The pointwise weights [N, C]."""
+def _check(x: torch.Tensor, dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable) -> None:
+    check_images(x, dw_weight)
+    check_zero_point(x, s.depthwise.zero_point)
     channels = x.shape[1]
-    shape = tuple(pw_weight.shape)
-    fits = len(shape) == 2 or (len(shape) == 4 and shape[2] == shape[3] == 1)
-    if not fits or shape[1] != channels or not shape[0]:
+    if pw_weight.ndim != 2 or pw_weight.shape[1] != channels or not len(pw_weight):
         raise InputError(
-            f"pw_weight {list(shape)} does not fit; it is [N, {channels}] or [N, {channels}, 1, 1]"
+            f"pw_weight {list(pw_weight.shape)} does not fit; it is [N, {channels}] or "
+            f"[N, {channels}, 1, 1]"
         )
     if pw_weight.dtype != x.dtype:
         raise InputError(f"pw_weight is {pw_weight.dtype} and x {x.dtype}; convert one of them")
@@ -148,114 +142,53 @@ def _check_weights(x: torch.Tensor, pw_weight: torch.Tensor) -> torch.Tensor:
         raise InputError(f"pw_weight is on {pw_weight.device} and x on {x.device}; move one")
     if not x.is_floating_point() and channels > MAX_K:
         raise InputError(f"sums over {channels} channels can overflow int32; {MAX_K} is the most")
-    return pw_weight.reshape(shape[:2])
+    n, first, second = len(pw_weight), s.depthwise.epilogue, s.pointwise
+    _check_middle(x, first)
+    size = s.depthwise.window.out_size(*x.shape[2:])
+    if second.residual is not None:
+        residual, wanted = as_images(second.residual), (x.shape[0], n, *size)
+        check_tensor("residual", residual, [wanted], x, (*FLOATS, torch.int8))
+    kinds = FLOATS if x.is_floating_point() else (*FLOATS, torch.int32)
+    check_tensor("dw_scale", first.scale_w, [(), (channels,)], x, (torch.float32,))
+    check_tensor("mid_scale", first.out_scale, [()], x, (torch.float32,))
+    check_tensor("pw_scale", second.scale_w, [(), (n,)], x, (torch.float32,))
+    check_tensor("dw_bias", first.bias, [(channels,)], x, kinds)
+    check_tensor("pw_bias", second.bias, [(n,)], x, kinds)
+    check_epilogue(first, x, scales_x=[()], n=channels, result=())
+    check_epilogue(second, x, scales_x=[()], n=n, result=(x.shape[0], *size, n))
 
 
-def _check_middle(x: torch.Tensor, scales: dict[str, Optional], mid_zero_point: int) -> None:
-    """Codes have all scales up to the middle, floats have none of them."""
-    if not -128 <= mid_zero_point <= 127:
-        raise InputError(f"mid_zero_point is {mid_zero_point}; an int8 code is from -128 to 127")
-    names = ", ".join(scales)
+def _check_middle(x: torch.Tensor, first: Epilogue) -> None:
+    """Quantized values have all scales up to the middle, floats have none of them."""
+    if not -128 <= first.out_zero_point <= 127:
+        raise InputError(
+            f"mid_zero_point is {first.out_zero_point}; an int8 code is from -128 to 127"
+        )
+    scales, names = (first.scale_x, first.scale_w, first.out_scale), "scale_x, dw_scale, mid_scale"
     if not x.is_floating_point():
-        if None in scales.values():
+        if any(scale is None for scale in scales):
             raise InputError(f"int8 codes need {names}; give all of them")
-    elif mid_zero_point or any(scale is not None for scale in scales.values()):
+    elif first.out_zero_point or any(scale is not None for scale in scales):
         raise InputError(
             f"{names} and mid_zero_point belong to int8 codes, and x is {x.dtype}; leave them out"
         )
 
 
-def _check_halves(
-    x: torch.Tensor,
-    s: Separable,
-    shape: tuple[int, ...],
-) -> None:
-    """Bias, scales, activation and result of both halves."""
+def _inline(
+    x: torch.Tensor, dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable, backend: str
+) -> torch.Tensor | None:
     first, second = s.depthwise.epilogue, s.pointwise
-    batch, n, height, width = shape
-    channels = x.shape[1]
-    check_tensor("dw_scale", first.scale_w, [(), (channels,)], x, (torch.float32,))
-    check_tensor("mid_scale", first.out_scale, [()], x, (torch.float32,))
-    check_tensor("pw_scale", second.scale_w, [(), (n,)], x, (torch.float32,))
-    kinds = FLOATS if x.is_floating_point() else (*FLOATS, torch.int32)
-    check_tensor("dw_bias", first.bias, [(channels,)], x, kinds)
-    check_tensor("pw_bias", second.bias, [(n,)], x, kinds)
-    check_epilogue(first, x, scales_x=[()], n=channels, result=())
-    check_epilogue(second, x, scales_x=[()], n=n, result=(batch, height, width, n))
+    floats = (x, dw_weight, first.bias, pw_weight, second.bias, second.residual)
+    if compiled_inline(x, backend) or wants_gradient(backend, *floats):
+        return two_kernel.depthwise_separable_conv2d(x, dw_weight, pw_weight, s)
+    return None
 
 
-def _bind(
-    x: torch.Tensor,
-    dw_weight: torch.Tensor,
-    dw_bias: Optional,
-    pw_weight: torch.Tensor,
-    pw_bias: Optional,
-    residual: Optional,
-    scale_x: Optional,
-    dw_scale: Optional,
-    mid_scale: Optional,
-    pw_scale: Optional,
-    out_scale: Optional,
-    residual_scale: Optional,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dw_activation: str,
-    pw_activation: str,
-    zero_point: int,
-    mid_zero_point: int,
-    out_zero_point: int,
-    residual_zero_point: int,
-    out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Separable]:
-    """What bodies take, from the arguments of the registered operator."""
-    first = Epilogue(
-        scale_x, dw_scale, dw_bias, None, mid_scale, dw_activation, x.dtype,
-        out_zero_point=mid_zero_point,
-    )  # fmt: skip
-    second = Epilogue(
-        None if out_dtype == torch.int32 else mid_scale,
-        pw_scale,
-        pw_bias,
-        None if residual is None else residual.permute(0, 2, 3, 1),
-        out_scale,
-        pw_activation,
-        out_dtype,
-        residual_scale,
-        out_zero_point,
-        residual_zero_point,
-    )
-    window = window_of(dw_weight, stride, padding, dilation)
-    s = Separable(Convolution(window, zero_point, first), second)
-    return x, dw_weight, pw_weight, s
-
-
-def _run(*arguments: Any) -> torch.Tensor:
-    *given, backend = arguments
-    result: torch.Tensor = run(NAME, _BODIES, backend, _bind(*given), _kind)
-    return result
-
-
-_operator = torch.library.custom_op(
-    f"octavo::{NAME}",
-    _run,
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor dw_weight, Tensor? dw_bias, Tensor pw_weight, Tensor? pw_bias, "
-        "Tensor? residual, Tensor? scale_x, Tensor? dw_scale, Tensor? mid_scale, "
-        "Tensor? pw_scale, Tensor? out_scale, Tensor? residual_scale, "
-        "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str dw_activation, "
-        "str pw_activation, int zero_point, int mid_zero_point, int out_zero_point, "
-        "int residual_zero_point, ScalarType out_dtype, str backend) -> Tensor"
-    ),
-)
-
-
-@_operator.register_fake
-def _fake(*arguments: Any) -> torch.Tensor:
-    x, _, pw_weight, s = _bind(*arguments[:-1])
+def _fake(
+    x: torch.Tensor, _dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable
+) -> torch.Tensor:
     return torch.empty(
-        (x.shape[0], pw_weight.shape[0], *s.depthwise.window.out_size(x.shape[2], x.shape[3])),
+        (x.shape[0], pw_weight.shape[0], *s.depthwise.window.out_size(*x.shape[2:])),
         dtype=s.pointwise.out_dtype,
         device=x.device,
         memory_format=torch.channels_last,
@@ -271,12 +204,12 @@ def _triton(
     return result
 
 
-def _kind(
+def _bucket(
     x: torch.Tensor, dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable
 ) -> tuple[object, ...]:
-    """What decides which body is the fastest."""
+    """What decides which implementation is the fastest."""
     return (
-        *kind(x, dw_weight, s.depthwise),
+        *bucket(x, dw_weight, s.depthwise),
         pw_weight.shape[0],
         str(s.pointwise.out_dtype).removeprefix("torch."),
         s.pointwise.activation,
@@ -284,8 +217,15 @@ def _kind(
     )
 
 
-_BODIES = (
-    Body("triton", lambda x, *_: why_not_triton(x, (8, 0)), _triton),
-    Body("two-kernel", lambda *_: "", two_kernel.depthwise_separable_conv2d),
-    Body("reference", lambda *_: "", reference.depthwise_separable_conv2d, "last"),
+OPERATOR = Operator(
+    "depthwise_separable_conv2d",
+    _check,
+    (
+        Implementation("triton", lambda x, *_: triton_reason(x, (8, 0)), _triton),
+        Implementation("two-kernel", lambda *_: "", two_kernel.depthwise_separable_conv2d),
+        Implementation("reference", lambda *_: "", reference.depthwise_separable_conv2d, "last"),
+    ),
+    _fake,
+    bucket=_bucket,
+    inline=_inline,
 )

@@ -16,14 +16,14 @@ from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.common.triton_launch import end_arguments, end_constants
 from octavo.kernels.depthwise_conv2d.configs import unit
 from octavo.kernels.depthwise_conv2d.triton import by_taps, window_arguments
-from octavo.kernels.depthwise_separable_conv2d.configs import candidates, config, pieces
+from octavo.kernels.depthwise_separable_conv2d.configs import candidates, default_config, pieces
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
 from octavo.kernels.depthwise_separable_conv2d.triton_separable import separable_kernel
-from octavo.kernels.dispatch.tuning import best, size_bucket
+from octavo.kernels.dispatch.autotune import best_config, size_bucket
 
 __all__ = ["depthwise_separable_conv2d"]
 
-_rule = functools.lru_cache(maxsize=4096)(config)
+_rule = functools.lru_cache(maxsize=4096)(default_config)
 
 
 def depthwise_separable_conv2d(
@@ -31,7 +31,7 @@ def depthwise_separable_conv2d(
     dw_weight: torch.Tensor,
     pw_weight: torch.Tensor,
     s: Separable,
-    tiles: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     """See `schema.depthwise_separable_conv2d`.
 
@@ -40,7 +40,7 @@ def depthwise_separable_conv2d(
         dw_weight: [C, 1, kh, kw].
         pw_weight: [N, C].
         s: what is done with them.
-        tiles: fields of `tiles.config`, in its place, for tests.
+        config: fields of `default_config`, in its place, for tests.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     size = s.depthwise.window.out_size(x.shape[2], x.shape[3])
@@ -53,7 +53,7 @@ def depthwise_separable_conv2d(
     if out.numel():
         with torch.cuda.device_of(x):
             weights = by_taps(dw_weight), pw_weight.contiguous()
-            chosen = _choose(x, weights, out, s) if tiles is None else tiles
+            chosen = _choose(x, weights, out, s) if config is None else config
             _launch(x, weights, out, s, chosen)
     return out
 
@@ -64,7 +64,7 @@ Weights = tuple[torch.Tensor, torch.Tensor]
 def _choose(
     x: torch.Tensor, weights: Weights, out: torch.Tensor, s: Separable
 ) -> Mapping[str, int]:
-    """The tuned tiles, or those of the rule."""
+    """The tuned configuration, or that of the rule."""
     batch, outputs, height, width = out.shape
     shape = (height, width, x.shape[1], outputs, x.element_size())
     window, first, second = s.depthwise.window, s.depthwise.epilogue, s.pointwise
@@ -76,27 +76,27 @@ def _choose(
         f"{'alone' if second.residual is None else 'residual'}"
     )
 
-    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+    def run(config: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
-        _launch(x, weights, result, s, tiles)
+        _launch(x, weights, result, s, config)
         return result
 
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(*shape)
 
-    return best("depthwise_separable_conv2d", key, x.device, _rule(*shape), others, run)
+    return best_config("depthwise_separable_conv2d", key, x.device, _rule(*shape), others, run)
 
 
 def _launch(
-    x: torch.Tensor, weights: Weights, out: torch.Tensor, s: Separable, tiles: Mapping[str, int]
+    x: torch.Tensor, weights: Weights, out: torch.Tensor, s: Separable, config: Mapping[str, int]
 ) -> None:
     """Fills `out` [B, N, H', W'] from x [B, C, H, W], both channels_last.
 
     weights: [kh, kw, C] and [N, C], contiguous.
     """
     batch, outputs, height, width = out.shape
-    count = triton.cdiv(height, tiles["BLOCK_H"]) * triton.cdiv(width, tiles["BLOCK_W"])
-    grid = (batch * count * triton.cdiv(outputs, tiles["BLOCK_N"]),)
+    count = triton.cdiv(height, config["BLOCK_H"]) * triton.cdiv(width, config["BLOCK_W"])
+    grid = (batch * count * triton.cdiv(outputs, config["BLOCK_N"]),)
     window, first = s.depthwise.window, s.depthwise.epilogue
     separable_kernel[grid](
         x, *weights, out, *_middle_arguments(first, x), s.depthwise.zero_point,
@@ -105,7 +105,7 @@ def _launch(
         DW_CHANNEL=first.scale_w is not None and first.scale_w.ndim > 0,
         DW_BIAS=first.bias is not None, DW_ACTIVATION=first.activation,
         **end_constants(s.pointwise), KH=window.kernel[0], KW=window.kernel[1],
-        PIECES=pieces(tiles), UNIT=unit(x.shape[1]), UNIT_N=unit(outputs), **tiles,
+        PIECES=pieces(config), UNIT=unit(x.shape[1]), UNIT_N=unit(outputs), **config,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from octavo.core.errors import OctavoError
 from octavo.measure.kernels import kernel_times
 
-__all__ = ["exclusive", "time_candidates", "why_not_measure"]
+__all__ = ["exclusive", "measurement_reason", "time_candidates"]
 
 FINALISTS = 6
 """Candidates that are measured once more, with more samples."""
@@ -25,7 +25,7 @@ _measuring = threading.RLock()
 _busy: set[str] = set()
 
 
-def why_not_measure(device: torch.device) -> str:
+def measurement_reason(device: torch.device) -> str:
     """Why nothing can be measured now, or nothing."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"

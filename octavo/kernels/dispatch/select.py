@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and why the others do not.
+"""Which implementation of an operator runs, and the reasons why the others do not.
 
 On a CPU an order decides. On a GPU those that can run a call are measured once for each shape
 bucket, and the fastest is kept in the user's cache folder.
@@ -13,43 +13,44 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from octavo.core.errors import InputError, UnsupportedError
-from octavo.kernels.dispatch import contest
+from octavo.kernels.dispatch.autotune import fastest
 
 __all__ = [
-    "Body",
+    "Choice",
     "Decision",
+    "Implementation",
     "asked_backend",
     "explain",
-    "is_plain_call",
-    "note",
-    "run",
+    "record",
     "select",
+    "triton_reason",
     "use_backend",
-    "why_not_triton",
 ]
 
 
 @dataclass(frozen=True)
-class Body:
-    """One implementation.
+class Implementation:
+    """One way to compute an operator.
 
     Attributes:
         name: what callers call it.
-        why_not: takes the operator's arguments; says why it cannot run them, or nothing.
+        reason: takes the operator's arguments; says why it cannot run them, or nothing. It looks
+            at shapes, dtypes, devices and flags, never at values.
         run: takes the operator's arguments.
         role: "any" may be chosen by the order and by measuring; "measured" by measuring only;
-            "last" where no "any" can run: the oracle, which need not be quick.
+            "last" where no "any" can run: the oracle, which need not be quick; "composed" likewise,
+            and where `use_backend` names an implementation of the operators that it calls.
     """
 
     name: str
-    why_not: Callable[..., str]
+    reason: Callable[..., str]
     run: Callable[..., Any]
-    role: Literal["any", "measured", "last"] = "any"
+    role: Literal["any", "measured", "last", "composed"] = "any"
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,42 @@ class Decision:
 
     Attributes:
         operator: its name.
-        body: which implementation ran.
-        passed_over: implementation -> why it did not.
+        implementation: the one that ran.
+        reasons: implementation -> why it did not run.
         microseconds: implementation -> median of one call, where they were measured.
-        note: why nothing was measured on a GPU, where that is so.
+        unmeasured: why nothing was measured on a GPU, where that is so.
     """
 
     operator: str
-    body: str
-    passed_over: tuple[tuple[str, str], ...] = ()
+    implementation: str
+    reasons: tuple[tuple[str, str], ...] = ()
     microseconds: tuple[tuple[str, float], ...] = ()
-    note: str = ""
+    unmeasured: str = ""
 
     def __str__(self) -> str:
-        times = dict(self.microseconds)
-        text = f"{self.operator}: {self.body}"
-        if self.body in times:
-            text += f", {times[self.body]:.1f} us"
-        slower = [f"{n} took {t:.1f} us" for n, t in times.items() if n != self.body]
-        refused = [f"{name} not: {reason}" for name, reason in self.passed_over]
-        notes = [f"by rule, not measured: {self.note}"] if self.note else []
-        reasons = "; ".join([*slower, *refused, *notes])
-        return text + (f" ({reasons})" if reasons else "")
+        times, ran = dict(self.microseconds), self.implementation
+        text = f"{self.operator}: {ran}"
+        if ran in times:
+            text += f", {times[ran]:.1f} us"
+        slower = [f"{n} took {t:.1f} us" for n, t in times.items() if n != ran]
+        others = [f"{name} not: {reason}" for name, reason in self.reasons]
+        rule = [f"by rule, not measured: {self.unmeasured}"] if self.unmeasured else []
+        text_of_others = "; ".join([*slower, *others, *rule])
+        return text + (f" ({text_of_others})" if text_of_others else "")
+
+
+class Choice(NamedTuple):
+    """What `select` found.
+
+    Attributes:
+        implementation: the one to run.
+        decision: what to tell of it.
+        settled: whether the next call of the same kind would find the same.
+    """
+
+    implementation: Implementation
+    decision: Decision
+    settled: bool = True
 
 
 INTERPRETED = "TRITON_INTERPRET=1 is for tests, which ask for it by name"
@@ -89,68 +104,50 @@ _asked: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default=
 
 def select(
     operator: str,
-    bodies: Sequence[Body],
+    implementations: Sequence[Implementation],
     backend: str,
-    *arguments: Any,
+    arguments: Sequence[Any],
+    *,
     device: torch.device | None = None,
     bucket: tuple[object, ...] | None = None,
-) -> Body:
+) -> Choice:
     """Chooses the implementation for these arguments.
 
     Args:
-        operator: its name, for `explain`.
-        bodies: best first by the rule; one with the role "last" can run everything.
-        backend: "auto", or the name of a body, which then runs or is refused.
-        *arguments: of the operator.
+        operator: its name.
+        implementations: best first by the rule; one with the role "last" can run everything.
+        backend: "auto", or the name of an implementation, which then runs or is refused.
+        arguments: of the operator.
         device: where the call runs; with it and `bucket` the choice is measured on a GPU.
-        bucket: everything that changes which body is the fastest: buckets of the shape, dtypes.
+        bucket: everything that changes which one is the fastest: buckets of the shape, dtypes.
 
     Raises:
-        InputError: no body has this name.
-        UnsupportedError: the body asked for cannot run these arguments; says why.
+        InputError: no implementation has this name.
+        UnsupportedError: the one asked for cannot run these arguments; says why.
     """
     if backend == "auto":
         backend = asked_backend()
+        last = implementations[-1]
+        if last.role == "composed" and backend not in ("auto", *(i.name for i in implementations)):
+            return Choice(last, Decision(operator, last.name))  # it asks others for that backend
     if backend != "auto":
-        return _named(operator, bodies, backend, arguments)
+        return _named(operator, implementations, backend, arguments)
     if device is None or bucket is None or device.type != "cuda":
-        return _by_rule(operator, bodies, arguments, "")
-    able, passed_over = _candidates(bodies, arguments)
+        return _by_rule(operator, implementations, arguments)
+    able, reasons = _candidates(implementations, arguments)
     if len(able) < 2:
-        return _by_rule(operator, bodies, arguments, "")
-    calls = {body.name: functools.partial(body.run, *arguments) for body in able}
-    found = contest.winner(operator, bucket, device, calls)
+        return _by_rule(operator, implementations, arguments)
+    calls = {one.name: functools.partial(one.run, *arguments) for one in able}
+    # what can run depends on more than the bucket: torch._int_mm wants sizes in eights
+    key = f"{'-'.join(map(str, bucket))} of {', '.join(calls)}"
+    found = fastest(
+        operator, "implementations", key, device, lambda: calls, fits=calls.__contains__
+    )
     if isinstance(found, str):
-        return _by_rule(operator, bodies, arguments, found)
+        return _by_rule(operator, implementations, arguments, found)
     failed = tuple((name, f"failed: {reason}") for name, reason in found.failures)
-    _last[operator] = Decision(operator, found.body, (*passed_over, *failed), found.microseconds)
-    return next(body for body in able if body.name == found.body)
-
-
-def run(
-    operator: str,
-    bodies: Sequence[Body],
-    backend: str,
-    arguments: Sequence[Any],
-    kind: Callable[..., tuple[object, ...] | None] | None = None,
-) -> Any:
-    """Selects the implementation for these arguments, and runs it.
-
-    Args:
-        operator: its name, for `explain`.
-        bodies: as of `select`.
-        backend: as of `select`.
-        arguments: of the bodies; the first is a tensor.
-        kind: takes them and gives the bucket of `select`; asked on a GPU only.
-
-    Raises:
-        InputError: no body has this name.
-        UnsupportedError: the body asked for cannot run these arguments; says why.
-    """
-    x = arguments[0]
-    bucket = kind(*arguments) if kind is not None and x.is_cuda else None
-    body = select(operator, bodies, backend, *arguments, device=x.device, bucket=bucket)
-    return body.run(*arguments)
+    decision = Decision(operator, found.chosen, (*reasons, *failed), found.microseconds)
+    return Choice(next(one for one in able if one.name == found.chosen), decision)
 
 
 @contextlib.contextmanager
@@ -175,49 +172,6 @@ def asked_backend() -> str:
     return _asked.get()
 
 
-def _named(operator: str, bodies: Sequence[Body], backend: str, arguments: Sequence[Any]) -> Body:
-    named = [body for body in bodies if body.name == backend]
-    if not named:
-        raise InputError(
-            f"{operator} has no backend {backend!r}; choose from auto, "
-            f"{', '.join(body.name for body in bodies)}"
-        )
-    reason = named[0].why_not(*arguments)
-    if reason:
-        raise UnsupportedError(
-            f"backend {backend!r} of {operator} cannot run this: {reason}; use backend 'auto'"
-        )
-    _last[operator] = Decision(operator, backend)
-    return named[0]
-
-
-def _by_rule(operator: str, bodies: Sequence[Body], arguments: Sequence[Any], note: str) -> Body:
-    passed_over: list[tuple[str, str]] = []
-    for body in bodies:
-        if body.role == "measured":
-            continue
-        interpreted = body.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        reason = INTERPRETED if interpreted else body.why_not(*arguments)
-        if not reason:
-            _last[operator] = _by_order(operator, body.name, tuple(passed_over), note)
-            return body
-        passed_over.append((body.name, reason))
-    raise UnsupportedError(f"nothing can run {operator}: {passed_over}")
-
-
-def _candidates(
-    bodies: Sequence[Body], arguments: Sequence[Any]
-) -> tuple[list[Body], tuple[tuple[str, str], ...]]:
-    """Bodies to measure, best first by the rule; and why the others cannot run this."""
-    asked = [(body, body.why_not(*arguments)) for body in bodies]
-    able = [body for body, reason in asked if not reason]
-    if any(body.role == "any" for body in able):
-        able = [body for body in able if body.role != "last"]
-    refused = tuple((body.name, reason) for body, reason in asked if reason)
-    # the first one gives the result that the others must agree with
-    return sorted(able, key=lambda body: body.role == "measured"), refused
-
-
 def explain(operator: str) -> Decision:
     """Who ran an operator last in this process, and why the others did not.
 
@@ -229,74 +183,12 @@ def explain(operator: str) -> Decision:
     return _last[operator]
 
 
-def note(operator: str, body: str) -> None:
-    """Tells `explain` of a body that a caller ran by itself, without `select`."""
-    _last[operator] = _unchosen(operator, body)
+def record(decision: Decision) -> None:
+    """Keeps a decision for `explain`."""
+    _last[decision.operator] = decision
 
 
-@functools.cache
-def _unchosen(operator: str, body: str) -> Decision:
-    return Decision(operator, body)
-
-
-@functools.lru_cache(maxsize=256)
-def _by_order(
-    operator: str, body: str, passed_over: tuple[tuple[str, str], ...], note: str
-) -> Decision:
-    return Decision(operator, body, passed_over, note=note)
-
-
-def is_plain_call(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody would see the difference between an operator and its implementation.
-
-    A registered operator costs some tens of microseconds a call, which small products feel. It is
-    needed where something looks at operators or at gradients: torch.compile and torch.export,
-    jit tracing, fake tensors and other modes, subclasses, functorch, autograd; and where the
-    dispatcher prepares the arguments: tensors without data, or with a sign that is still to come.
-
-    Args:
-        *tensors: of the call.
-    """
-    # the first question is one that torch.compile answers without looking at the others
-    if torch.compiler.is_compiling() or not _WATCHERS:
-        return False
-    for somebody_looks in _WATCHERS:
-        if somebody_looks():
-            return False
-    gradients = torch.is_grad_enabled()
-    for one in tensors:
-        if one is not None and (
-            type(one) not in _PLAIN
-            or (gradients and one.requires_grad)
-            or one.is_meta
-            or one.is_neg()
-        ):
-            return False
-    return True
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _watchers() -> tuple[Callable[[], object], ...]:
-    """What tells of tracers and modes; nothing where this torch lacks one of these functions.
-
-    They are not public. Without them every call takes the operator, which is right and slower.
-    """
-    names = (
-        (torch._C, "_get_tracing_state"),
-        (torch._C, "_len_torch_dispatch_stack"),
-        (torch._C, "_is_torch_function_mode_enabled"),
-        (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),
-    )
-    found = [getattr(place, name, None) for place, name in names]
-    return tuple(one for one in found if one is not None) if all(found) else ()
-
-
-_WATCHERS = _watchers()
-
-
-def why_not_triton(tensor: torch.Tensor, capability: tuple[int, int] = (7, 0)) -> str:
+def triton_reason(tensor: torch.Tensor, capability: tuple[int, int] = (7, 0)) -> str:
     """Why a Triton kernel cannot take a tensor, or nothing.
 
     Args:
@@ -316,6 +208,55 @@ def why_not_triton(tensor: torch.Tensor, capability: tuple[int, int] = (7, 0)) -
     if found < capability:
         return f"compute capability {found} is below {capability}"
     return ""
+
+
+def _named(
+    operator: str, implementations: Sequence[Implementation], backend: str, arguments: Sequence[Any]
+) -> Choice:
+    named = [one for one in implementations if one.name == backend]
+    if not named:
+        raise InputError(
+            f"{operator} has no backend {backend!r}; choose from auto, "
+            f"{', '.join(one.name for one in implementations)}"
+        )
+    reason = named[0].reason(*arguments)
+    if reason:
+        raise UnsupportedError(
+            f"backend {backend!r} of {operator} cannot run this: {reason}; use backend 'auto'"
+        )
+    return Choice(named[0], Decision(operator, backend))
+
+
+def _by_rule(
+    operator: str,
+    implementations: Sequence[Implementation],
+    arguments: Sequence[Any],
+    unmeasured: str = "",
+) -> Choice:
+    reasons: list[tuple[str, str]] = []
+    for one in implementations:
+        if one.role == "measured":
+            continue
+        interpreted = one.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        reason = INTERPRETED if interpreted else one.reason(*arguments)
+        if not reason:
+            decision = Decision(operator, one.name, tuple(reasons), unmeasured=unmeasured)
+            return Choice(one, decision, settled=not unmeasured)
+        reasons.append((one.name, reason))
+    raise UnsupportedError(f"nothing can run {operator}: {reasons}")
+
+
+def _candidates(
+    implementations: Sequence[Implementation], arguments: Sequence[Any]
+) -> tuple[list[Implementation], tuple[tuple[str, str], ...]]:
+    """Those to measure, best first by the rule; and why the others cannot run this."""
+    asked = [(one, one.reason(*arguments)) for one in implementations]
+    able = [one for one, reason in asked if not reason]
+    if any(one.role == "any" for one in able):
+        able = [one for one in able if one.role in ("any", "measured")]
+    reasons = tuple((one.name, reason) for one, reason in asked if reason)
+    # the first one gives the result that the others must agree with
+    return sorted(able, key=lambda one: one.role == "measured"), reasons
 
 
 @functools.cache

@@ -1,13 +1,13 @@
-"""Files that keep what was measured on a GPU: tile sizes, and which implementation won.
+"""Files that keep what was measured on a GPU: configurations of kernels, and who won.
 
 A user's files lie in the cache folder, one for each operator, kind, GPU, driver, versions and
-source; tile sizes that come with the package in kernels/<operator>/configs/<gpu>.json. Both have
-the same form:
+source; configurations that come with the package in kernels/<operator>/configs/<gpu>.json. Both
+look the same:
 
-    {"format": 1, "kind": "tiles", "facts": {"operator": ..., "gpu": ..., "source": ...},
+    {"format": 1, "kind": "configs", "facts": {"operator": ..., "gpu": ..., "source": ...},
      "entries": {key: {"chosen": {"BLOCK_M": 64, ...}, "microseconds": {...}, "failures": {...}}}}
 
-`chosen` is a mapping to integers for kind "tiles", and an implementation's name for "bodies".
+`chosen` is a mapping to integers for kind "configs", and a name for kind "implementations".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 
 from octavo.core.errors import OctavoWarning
-from octavo.core.files import atomic_write
+from octavo.core.files import atomic_write, private_folder
 from octavo.core.machine import package_version
 
 __all__ = [
@@ -86,7 +86,7 @@ def source_digest(operator: str, *, kernels_only: bool) -> str:
 
     Args:
         operator: name of its folder.
-        kernels_only: leave out the files without kernels, which do not change what tiles are best.
+        kernels_only: leave out the files without kernels, which do not matter to configurations.
     """
     apart = {"__init__.py", "cases.py", *(("schema.py", "reference.py") if kernels_only else ())}
     own = (path for path in (KERNELS / operator).glob("*.py") if path.name not in apart)
@@ -101,7 +101,7 @@ class Table:
 
     Args:
         path: of the file, which need not exist.
-        kind: "tiles" or "bodies".
+        kind: "configs" or "implementations".
         facts: what the choices depend on; a file with others is not used.
     """
 
@@ -131,7 +131,7 @@ class Table:
         """Holds other processes and threads back; the system releases it when a process dies."""
         with contextlib.ExitStack() as stack:
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                private_folder(self.path.parent)
                 stack.enter_context(FileLock(self.path.with_suffix(".lock")))
             except OSError as error:
                 self._unwritable(error)
@@ -181,9 +181,9 @@ def _user_table(operator: str, kind: str, device: torch.device, *_folders: str |
     facts = {
         "operator": operator,
         **device_facts(device),
-        "source": source_digest(operator, kernels_only=kind == "tiles"),
+        "source": source_digest(operator, kernels_only=kind == "configs"),
     }
-    if kind == "tiles":  # tiles depend on the compiler, not on torch
+    if kind == "configs":  # configurations depend on the compiler, not on torch
         del facts["torch"], facts["cuda"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels" / gpu_slug(facts["gpu"])
@@ -191,10 +191,10 @@ def _user_table(operator: str, kind: str, device: torch.device, *_folders: str |
 
 
 def packaged_entries(operator: str, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Tile sizes that come with the package for this GPU; measured under any driver."""
+    """Configurations that come with the package for this GPU; measured under any driver."""
     name = device_facts(device)["gpu"]
     path = KERNELS / operator / "configs" / f"{gpu_slug(name)}.json"
-    return Table(path, "tiles", {"operator": operator, "gpu": name}).read()
+    return Table(path, "configs", {"operator": operator, "gpu": name}).read()
 
 
 def _problem(document: object, kind: str, facts: Mapping[str, str]) -> str:
@@ -216,6 +216,6 @@ def _problem(document: object, kind: str, facts: Mapping[str, str]) -> str:
 
 
 def _is_choice(chosen: object, kind: str) -> bool:
-    if kind == "bodies":
+    if kind == "implementations":
         return isinstance(chosen, str)
     return isinstance(chosen, dict) and all(type(value) is int for value in chosen.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["candidates", "config"]
+__all__ = ["candidates", "default_config"]
 
 FITS = 16384
 """Rows up to this length are held in registers, at most 32 values a thread, and read once. A wide
@@ -17,7 +17,7 @@ PROGRAMS = 264
 """Two for each multiprocessor of an H100: rows are not put together below that."""
 
 
-def config(m: int, k: int) -> dict[str, int]:
+def default_config(m: int, k: int) -> dict[str, int]:
     """How m rows of length k are read, by rule: nothing has been tuned on a GPU yet.
 
     With ROWS several whole rows, without it one row in blocks.
@@ -33,7 +33,7 @@ def config(m: int, k: int) -> dict[str, int]:
 
 def candidates(m: int, k: int) -> Iterator[dict[str, int]]:
     """Configurations worth measuring on a GPU for m rows of length k; the rule's comes first."""
-    first = config(m, k)
+    first = default_config(m, k)
     if k > FITS:
         several = [
             {"BLOCK": block, "num_warps": warps}

@@ -1,4 +1,4 @@
-"""The oracle: plain torch, bit for bit what the kernel computes where nothing comes before it.
+"""The oracle: plain torch, bit for bit what the kernels compute.
 
 It is also the path of CPUs, so it makes few passes over memory and takes little new memory: pages
 that nobody has touched yet cost as much as the arithmetic.
@@ -7,13 +7,13 @@ that nobody has touched yet cost as much as the arithmetic.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 
 from octavo.kernels.common.codes import QMAX, scale_of_peak, to_int8
-from octavo.kernels.dynamic_quantize.prologue import Prologue
 
-__all__ = ["add_dynamic_quantize", "dynamic_quantize", "quantize_rows"]
+__all__ = ["dynamic_quantize", "quantize_rows"]
 
 SMALLEST_PEAK = torch.finfo(torch.float32).tiny * QMAX
 CHUNK = 1 << 19
@@ -21,24 +21,18 @@ CHUNK = 1 << 19
 
 
 def dynamic_quantize(
-    x: torch.Tensor, prologue: Prologue, per_token: bool
+    x: torch.Tensor, smooth: torch.Tensor | None, per_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `schema.dynamic_quantize`."""
-    values = prologue(x.detach())
+    values = x.detach().float()
+    if smooth is not None:
+        values = values / smooth.detach().float()
     peak = _peak(values, per_token)
     if torch.compiler.is_compiling() or not _codes_fit(peak):
         scale = scale_of_peak(peak).contiguous()
         return to_int8(values, scale.unsqueeze(-1) if per_token else scale).contiguous(), scale
     scale = (peak / QMAX).contiguous()
     return _quantize_in_chunks(values, scale), scale
-
-
-def add_dynamic_quantize(
-    x: torch.Tensor, residual: torch.Tensor, prologue: Prologue, per_token: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `schema.add_dynamic_quantize`."""
-    total = (x.detach().float() + residual.detach().float()).to(residual.dtype).contiguous()
-    return *dynamic_quantize(total, prologue, per_token), total
 
 
 def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +93,7 @@ def _quantize_in_chunks(values: torch.Tensor, scale: torch.Tensor) -> torch.Tens
         sums = scratch[: rows.numel()].view(rows.shape)
         codes = torch.addcdiv(shift, rows, by, out=sums).view(torch.int32).to(torch.int8)
         return codes.view(values.shape)
-    codes = torch.empty(rows.shape, dtype=torch.int8)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     for start in range(0, len(rows), step):
         end = start + step
         part, divisor = rows[start:end], by[start:end] if scale.ndim else by
@@ -114,7 +108,9 @@ def _memory(k: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
     if shift is None or scratch is None or len(shift) < k or scratch.numel() < room:
         with torch.inference_mode(False):  # a tensor made in it cannot be written to outside
             # a row and not a number: two operands that repeat would not be vectorized
-            shift = torch.full((max(k, 0 if shift is None else len(shift)),), 1.5 * 2**23)
-            scratch = torch.empty(max(room, 0 if scratch is None else scratch.numel()))
+            floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+            longest = max(k, 0 if shift is None else len(shift))
+            shift = torch.full((longest,), 1.5 * 2**23, **floats)
+            scratch = torch.empty(max(room, 0 if scratch is None else scratch.numel()), **floats)
         _kept.memory = shift, scratch
     return shift[:k], scratch

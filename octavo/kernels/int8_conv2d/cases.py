@@ -12,7 +12,7 @@ from torch.nn import functional
 from octavo.kernels.cases import ONE_CODE, ROUNDED_ONCE, SHORT, Call, Case, by_importance, inductor
 from octavo.kernels.common.codes import to_int8
 from octavo.kernels.common.convolution import make_window
-from octavo.kernels.int8_conv2d.configs import Facts, config, folds
+from octavo.kernels.int8_conv2d.configs import Facts, default_config, folds
 from octavo.kernels.int8_conv2d.schema import int8_conv2d
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "planned_bytes", "small_shapes"]
@@ -119,7 +119,7 @@ def _outputs(shape: tuple[int, ...]) -> int:
     return window.out_size(side, side)[0]
 
 
-def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
+def planned_bytes(case: Case, config: Mapping[str, int] | None = None) -> int:
     """What the implicit product moves between memory and the chip, in bytes.
 
     A column of GROUP_M tiles shares its codes in the L2 cache. The lines of an image at which two
@@ -127,13 +127,13 @@ def planned_bytes(case: Case, tiles: Mapping[str, int] | None = None) -> int:
 
     Args:
         case: of `cases`.
-        tiles: fields of `tiles.config`; those of the rule when not given.
+        config: fields of `default_config`; those of the rule when not given.
     """
     batch, channels, side, n, kernel, stride, groups = case.shape
     out, each = _outputs(case.shape), channels // groups
     m = batch * out**2
-    tiles = tiles or config(Facts(m, n // groups, each, kernel**2, groups))
-    columns = math.ceil(math.ceil(m / tiles["BLOCK_M"]) / tiles["GROUP_M"])
+    config = config or default_config(Facts(m, n // groups, each, kernel**2, groups))
+    columns = math.ceil(math.ceil(m / config["BLOCK_M"]) / config["GROUP_M"])
     weights = n * each * kernel**2
     again = 0 if weights <= LEAST_CACHE // 2 else weights
     again += max(0, kernel - stride) * side * channels

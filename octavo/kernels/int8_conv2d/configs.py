@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from octavo.kernels.int8_gemm.configs import shared_limit
 
-__all__ = ["Facts", "candidates", "config", "folds"]
+__all__ = ["Facts", "candidates", "default_config", "folds"]
 
-Tiles = dict[str, int]
+Config = dict[str, int]
 
 FEW_CHANNELS = 16
 """Channels below which taps and channels are one axis of the sum."""
@@ -54,7 +54,7 @@ class Facts:
         return shared_limit(self.capability or (8, 0))
 
 
-def config(facts: Facts) -> Tiles:
+def default_config(facts: Facts) -> Config:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     The largest tile with which there still is a program a multiprocessor.
@@ -71,10 +71,10 @@ def config(facts: Facts) -> Tiles:
         if count >= facts.processors:
             break
     stages = 3 if facts.shared_limit > 128 * 1024 else 2
-    return _tiles(facts, block_m, block_n, _step(facts), stages)
+    return _config(facts, block_m, block_n, _step(facts), stages)
 
 
-def candidates(facts: Facts) -> Iterator[Tiles]:
+def candidates(facts: Facts) -> Iterator[Config]:
     """Tile sizes worth measuring for a shape, all of which the architecture can run."""
     wide, step, seen = _width(facts.n), _step(facts), set()
     for block_m, block_n, block_k, stages in itertools.product(
@@ -83,15 +83,15 @@ def candidates(facts: Facts) -> Iterator[Tiles]:
         dict.fromkeys((step, step if folds(facts.channels) else min(2 * step, MOST_STEP))),
         (4, 3, 2),
     ):
-        tiles = _tiles(facts, block_m, block_n, block_k, stages)
-        key = tuple(tiles.values())
-        operands = tiles["num_stages"] * (block_m + block_n) * block_k
+        config = _config(facts, block_m, block_n, block_k, stages)
+        key = tuple(config.values())
+        operands = config["num_stages"] * (block_m + block_n) * block_k
         if key not in seen and operands < facts.shared_limit:
             seen.add(key)
-            yield tiles
+            yield config
 
 
-def _tiles(facts: Facts, block_m: int, block_n: int, block_k: int, stages: int) -> Tiles:
+def _config(facts: Facts, block_m: int, block_n: int, block_k: int, stages: int) -> Config:
     fold = folds(facts.channels)
     return {
         "BLOCK_M": block_m,

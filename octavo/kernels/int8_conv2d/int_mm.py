@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch.nn import functional
 
@@ -12,13 +10,13 @@ from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_gemm import int_mm
 
-__all__ = ["int8_conv2d", "why_not"]
+__all__ = ["int8_conv2d", "reason"]
 
 MOST_BYTES = 1 << 21
 """Patches held at a time, in bytes."""
 
 
-def why_not(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
+def reason(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
     """Why torch._int_mm cannot make this convolution, or nothing."""
     if x.device.type == "cuda" and not is_pointwise(x, w, c):
         return "on a GPU its patches would go through memory"
@@ -26,7 +24,7 @@ def why_not(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
         return "there is nothing to multiply"
     groups, weights = x.shape[1] // w.shape[1], w.flatten(1)
     patches = x[:, :1].permute(0, 2, 3, 1).expand(-1, -1, -1, weights.shape[1])
-    return int_mm.why_not(patches, weights[: len(w) // groups])
+    return int_mm.reason(patches, weights[: len(w) // groups])
 
 
 def int8_conv2d(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
@@ -76,4 +74,4 @@ def _part(epilogue: Epilogue, part: tuple[slice, slice]) -> Epilogue:
     """The epilogue of some lines of some images."""
     if epilogue.residual is None:
         return epilogue
-    return dataclasses.replace(epilogue, residual=epilogue.residual[part])
+    return epilogue._replace(residual=epilogue.residual[part])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,8 +12,9 @@ from octavo.kernels.common.convolution import (
     Convolution,
     Padding,
     Size2d,
+    as_images,
+    as_rows,
     check_zero_point,
-    make_window,
     window_of,
 )
 from octavo.kernels.common.epilogue import (
@@ -26,8 +25,9 @@ from octavo.kernels.common.epilogue import (
     check_epilogue,
     check_tensor,
 )
-from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dispatch.tuning import size_bucket
+from octavo.kernels.dispatch.autotune import size_bucket
+from octavo.kernels.dispatch.operator import Operator
+from octavo.kernels.dispatch.select import Implementation, triton_reason
 from octavo.kernels.int8_conv2d import int_mm, reference
 
 __all__ = ["int8_conv2d"]
@@ -98,101 +98,51 @@ def int8_conv2d(
             overflow.
         UnsupportedError: the backend asked for cannot run this.
     """
-    _check_codes(x_q, w_q, groups)
-    check_zero_point(x_q, zero_point)
-    window = make_window(w_q.shape[2:], x_q.shape[2:], stride, padding, dilation)
-    batch, n, size = x_q.shape[0], w_q.shape[0], window.out_size(*x_q.shape[2:])
-    check_tensor("residual", residual, [(batch, n, *size)], x_q, (*FLOATS, torch.int8))
-    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
-    numbers = (window.stride, window.padding, window.dilation, zero_point)
-    arguments = (
-        *tensors, *numbers, activation, out_dtype, out_zero_point, residual_zero_point
-    )  # fmt: skip
-    epilogue = _bind(*arguments)[-1].epilogue
-    check_epilogue(epilogue, x_q, scales_x=[()], n=n, result=(batch, *size, n))
-    call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_conv2d
-    found: torch.Tensor = call(*arguments, backend)
-    return found
-
-
-def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor, groups: int) -> None:
-    for name, value in (("x_q", x_q), ("w_q", w_q)):
-        if value.dtype != torch.int8:
-            raise InputError(f"{name} is {value.dtype}; int8_conv2d takes int8 codes")
-    if x_q.ndim != 4 or w_q.ndim != 4:
-        raise InputError(
-            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit; they are [B, C, H, W] "
-            "and [N, C / groups, kh, kw]"
-        )
-    if groups < 1 or w_q.shape[0] % groups or x_q.shape[1] != w_q.shape[1] * groups:
-        raise InputError(
-            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit {groups} groups; w_q is "
-            "[N, C / groups, kh, kw], and groups divides N"
-        )
-    if 0 in x_q.shape[1:] or 0 in w_q.shape:
-        raise InputError(
-            f"x_q {list(x_q.shape)} or w_q {list(w_q.shape)} is empty; only the batch may be 0"
-        )
-    products = math.prod(w_q.shape[1:])
-    if products > MAX_K:
-        raise InputError(
-            f"w_q {list(w_q.shape)} makes sums of {products} products, and those of more than "
-            f"{MAX_K} can overflow int32; split the channels"
-        )
-    if w_q.device != x_q.device:
-        raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
-
-
-def _bind(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    residual_scale: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    zero_point: int,
-    activation: str,
-    out_dtype: torch.dtype,
-    out_zero_point: int,
-    residual_zero_point: int,
-) -> tuple[torch.Tensor, torch.Tensor, Convolution]:
-    """What bodies take, from the arguments of the registered operator."""
-    if residual is not None:
-        residual = residual.permute(0, 2, 3, 1)
     epilogue = Epilogue(
-        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
-        residual_scale, out_zero_point, residual_zero_point,
+        scale_x, scale_w, bias, as_rows(residual), out_scale,
+        activation, out_dtype, residual_scale, out_zero_point, residual_zero_point,
     )  # fmt: skip
-    return x, w, Convolution(window_of(w, stride, padding, dilation), zero_point, epilogue)
-
-
-def _run(*arguments: Any) -> torch.Tensor:
-    *given, backend = arguments
-    result: torch.Tensor = run("int8_conv2d", _BODIES, backend, _bind(*given), _kind)
+    window = window_of(x_q, w_q, stride, padding, dilation)
+    convolution = Convolution(window, zero_point, epilogue, groups)
+    result: torch.Tensor = OPERATOR(x_q, w_q, convolution, backend=backend)
     return result
 
 
-_operator = torch.library.custom_op(
-    "octavo::int8_conv2d",
-    _run,
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
-        "Tensor? out_scale, Tensor? residual_scale, SymInt[] stride, SymInt[] padding, "
-        "SymInt[] dilation, int zero_point, str activation, ScalarType out_dtype, "
-        "int out_zero_point, int residual_zero_point, str backend) -> Tensor"
-    ),
-)
+def _check(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> None:
+    for name, value in (("x_q", x), ("w_q", w)):
+        if value.dtype != torch.int8:
+            raise InputError(f"{name} is {value.dtype}; int8_conv2d takes int8 codes")
+    if x.ndim != 4 or w.ndim != 4:
+        raise InputError(
+            f"x_q {list(x.shape)} and w_q {list(w.shape)} do not fit; they are [B, C, H, W] "
+            "and [N, C / groups, kh, kw]"
+        )
+    if c.groups < 1 or w.shape[0] % c.groups or x.shape[1] != w.shape[1] * c.groups:
+        raise InputError(
+            f"x_q {list(x.shape)} and w_q {list(w.shape)} do not fit {c.groups} groups; w_q is "
+            "[N, C / groups, kh, kw], and groups divides N"
+        )
+    if 0 in x.shape[1:] or 0 in w.shape:
+        raise InputError(
+            f"x_q {list(x.shape)} or w_q {list(w.shape)} is empty; only the batch may be 0"
+        )
+    products = math.prod(w.shape[1:])
+    if products > MAX_K:
+        raise InputError(
+            f"w_q {list(w.shape)} makes sums of {products} products, and those of more than "
+            f"{MAX_K} can overflow int32; split the channels"
+        )
+    if w.device != x.device:
+        raise InputError(f"w_q is on {w.device} and x_q on {x.device}; move one of them")
+    check_zero_point(x, c.zero_point)
+    n, size = w.shape[0], c.window.out_size(*x.shape[2:])
+    if c.epilogue.residual is not None:
+        residual, wanted = as_images(c.epilogue.residual), (x.shape[0], n, *size)
+        check_tensor("residual", residual, [wanted], x, (*FLOATS, torch.int8))
+    check_epilogue(c.epilogue, x, scales_x=[()], n=n, result=(x.shape[0], *size, n))
 
 
-@_operator.register_fake
-def _fake(*arguments: Any) -> torch.Tensor:
-    x, w, c = _bind(*arguments[:-1])
+def _fake(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
     shape = (x.shape[0], *c.window.out_size(*x.shape[2:]), w.shape[0])
     return x.new_empty(shape, dtype=c.epilogue.out_dtype).permute(0, 3, 1, 2)
 
@@ -203,16 +153,16 @@ def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
     return triton.int8_conv2d(x, w, c)
 
 
-def _why_not_triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
+def _triton_reason(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
     """Why the kernel, whose rows are pixels, cannot make this convolution, or nothing."""
     _, _, height, width = x.shape
     if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_ROWS:
         return f"it counts up to {MOST_ROWS} pixels"
-    return why_not_triton(x, (8, 0))
+    return triton_reason(x, (8, 0))
 
 
-def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...]:
-    """What decides which body is the fastest."""
+def _bucket(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...]:
+    """What decides which implementation is the fastest."""
     e, last = c.epilogue, torch.channels_last
     return (
         size_bucket(x.shape[0]),
@@ -227,9 +177,15 @@ def _kind(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...
     )
 
 
-_BODIES = (
-    Body("triton", _why_not_triton, _triton),
-    Body("onednn", onednn.why_not, onednn.int8_conv2d),
-    Body("int_mm", int_mm.why_not, int_mm.int8_conv2d),
-    Body("reference", lambda *_: "", reference.int8_conv2d, "last"),
+OPERATOR = Operator(
+    "int8_conv2d",
+    _check,
+    (
+        Implementation("triton", _triton_reason, _triton),
+        Implementation("onednn", onednn.reason, onednn.int8_conv2d),
+        Implementation("int_mm", int_mm.reason, int_mm.int8_conv2d),
+        Implementation("reference", lambda *_: "", reference.int8_conv2d, "last"),
+    ),
+    _fake,
+    bucket=_bucket,
 )

@@ -1,4 +1,4 @@
-"""Launches the Triton kernel: brings operands into its order, chooses tiles, fills arguments in."""
+"""Launches the Triton kernel: orders operands, chooses a config, fills arguments in."""
 
 # Triton's language only looks like Python:
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
@@ -16,8 +16,8 @@ from torch.nn import functional
 from octavo.kernels.common.convolution import Convolution
 from octavo.kernels.common.triton_launch import device_facts, end_arguments, end_constants
 from octavo.kernels.depthwise_conv2d.triton import depthwise_conv2d
-from octavo.kernels.dispatch.tuning import best
-from octavo.kernels.int8_conv2d.configs import Facts, candidates, config, folds
+from octavo.kernels.dispatch.autotune import best_config
+from octavo.kernels.int8_conv2d.configs import Facts, candidates, default_config, folds
 from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
 from octavo.kernels.int8_gemm import triton as gemm
@@ -25,14 +25,14 @@ from octavo.kernels.int8_gemm.configs import bucket, pieces
 
 __all__ = ["int8_conv2d"]
 
-_rule = functools.lru_cache(maxsize=4096)(config)
+_rule = functools.lru_cache(maxsize=4096)(default_config)
 
 
 def int8_conv2d(
     x: torch.Tensor,
     w: torch.Tensor,
     c: Convolution,
-    tiles: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     """See `schema.int8_conv2d`.
 
@@ -40,22 +40,22 @@ def int8_conv2d(
         x: int8 [B, C, H, W].
         w: int8 [N, C / groups, kh, kw].
         c: window, zero point, and the epilogue, whose residual is [B, H', W', N].
-        tiles: fields of `tiles.config`, in its place, for tests.
+        config: fields of `default_config`, in its place, for tests.
 
     Returns:
         [B, N, H', W'], channels_last.
     """
-    if tiles is None and is_pointwise(x, w, c):
+    if config is None and is_pointwise(x, w, c):
         y = gemm.int8_gemm(x.permute(0, 2, 3, 1), w.flatten(1), c.epilogue)
         return y.permute(0, 3, 1, 2)
-    if tiles is None and x.shape[1] == len(w) and w.shape[1] == 1:
+    if config is None and x.shape[1] == len(w) and w.shape[1] == 1:
         return depthwise_conv2d(x, w, c)
     high, wide = c.window.out_size(*x.shape[2:])
     out = torch.empty(len(x), high, wide, len(w), dtype=c.epilogue.out_dtype, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
             codes, weights = _channels_last(x, x.shape[1] // w.shape[1]), _channels_last(w, 1)
-            chosen = _choose(codes, weights, out, c) if tiles is None else tiles
+            chosen = _choose(codes, weights, out, c) if config is None else config
             _launch(codes, weights, out, c, chosen)
     return out.permute(0, 3, 1, 2)
 
@@ -77,7 +77,7 @@ def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
 def _choose(
     x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, c: Convolution
 ) -> Mapping[str, int]:
-    """The tuned tiles, or those of the rule."""
+    """The tuned configuration, or that of the rule."""
     window, heavy, channels = c.window, gemm.is_heavy(c.epilogue), w.shape[-1]
     groups = x.shape[-1] // channels
     m, n = out.numel() // len(w), len(w) // groups
@@ -92,12 +92,12 @@ def _choose(
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(facts)
 
-    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+    def run(config: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
-        _launch(x, w, result, c, tiles)
+        _launch(x, w, result, c, config)
         return result
 
-    return best("int8_conv2d", key, x.device, _rule(facts), others, run)
+    return best_config("int8_conv2d", key, x.device, _rule(facts), others, run)
 
 
 def _border(c: Convolution) -> str:
@@ -112,7 +112,7 @@ def _launch(
     w: torch.Tensor,
     out: torch.Tensor,
     c: Convolution,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
 ) -> None:
     """Fills `out` [B, H', W', N], from `_channels_last` x and w; none is empty."""
     window, e = c.window, c.epilogue
@@ -120,7 +120,7 @@ def _launch(
     groups = x.shape[-1] // channels
     fold, border = folds(channels), _border(c)
     m, each = out.numel() // n, n // groups
-    count = triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(each, tiles["BLOCK_N"]) * groups
+    count = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(each, config["BLOCK_N"]) * groups
     codes = x
     if border == "codes" and not fold:
         codes = x.new_full((channels,), c.zero_point)
@@ -131,6 +131,6 @@ def _launch(
         STRIDE_H=window.stride[0], STRIDE_W=window.stride[1],
         DILATION_H=window.dilation[0], DILATION_W=window.dilation[1],
         TOP=window.padding[2], LEFT=window.padding[0], BORDER=border,
-        FOLD=fold, EVEN_C=channels % tiles["BLOCK_K"] == 0, PIECES=pieces(tiles),
-        **end_constants(e), **tiles,
+        FOLD=fold, EVEN_C=channels % config["BLOCK_K"] == 0, PIECES=pieces(config),
+        **end_constants(e), **config,
     )  # fmt: skip

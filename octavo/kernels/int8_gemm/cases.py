@@ -108,7 +108,7 @@ def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[
             found.append(
                 Call(f"{title} Inductor", inductor(linear, x.device), tolerance, moved, rate)
             )
-    if not int_mm.why_not(arguments["x_q"], arguments["w_q"]):
+    if not int_mm.reason(arguments["x_q"], arguments["w_q"]):
         product = _product(arguments)
         found.append(Call("torch int_mm", product, case.tolerance))
         if compiled:

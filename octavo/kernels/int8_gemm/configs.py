@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 
-__all__ = ["bucket", "candidates", "config", "pieces", "shared_bytes", "shared_limit"]
+__all__ = ["bucket", "candidates", "default_config", "pieces", "shared_bytes", "shared_limit"]
 
-Tiles = dict[str, int]
+Config = dict[str, int]
 
 HOPPER = (9, 0)
 PROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 170}
@@ -28,12 +28,12 @@ def bucket(m: int) -> int:
     return 1 if m <= 1 else max(16, 1 << (m - 1).bit_length())
 
 
-def pieces(tiles: Mapping[str, int]) -> int:
+def pieces(config: Mapping[str, int]) -> int:
     """Parts of a tile that the epilogue takes in turn: 1, 2 or 4.
 
     A thread then works on about 32 values at a time; with 128 the longer epilogues spill.
     """
-    values = tiles["BLOCK_M"] * tiles["BLOCK_N"] // (32 * tiles["num_warps"])
+    values = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
     return 4 if values >= 128 else 2 if values >= 64 else 1
 
 
@@ -47,19 +47,19 @@ def shared_limit(capability: tuple[int, int]) -> int:
     return kib * 1024
 
 
-def shared_bytes(tiles: Mapping[str, int]) -> int:
+def shared_bytes(config: Mapping[str, int]) -> int:
     """Shared memory a program needs at most: the operands of every stage, and room for the store.
 
     The store's room, for a piece of the tile in 4 bytes, is that of the operands, unless the next
     tile's operands are already on their way.
     """
-    rows = tiles["BLOCK_M"] + tiles["BLOCK_N"]
-    operands = tiles["num_stages"] * rows * tiles["BLOCK_K"]
-    store = 4 * tiles["BLOCK_M"] * tiles["BLOCK_N"] // pieces(tiles)
-    return (operands + store if tiles["FLATTEN"] else max(operands, store)) + 1024
+    rows = config["BLOCK_M"] + config["BLOCK_N"]
+    operands = config["num_stages"] * rows * config["BLOCK_K"]
+    store = 4 * config["BLOCK_M"] * config["BLOCK_N"] // pieces(config)
+    return (operands + store if config["FLATTEN"] else max(operands, store)) + 1024
 
 
-def config(
+def default_config(
     m: int,
     n: int,
     k: int,
@@ -67,7 +67,7 @@ def config(
     heavy: bool = False,
     capability: tuple[int, int] | None = None,
     processors: int | None = None,
-) -> Tiles:
+) -> Config:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     Few tokens: reading the weights is what takes time, so K is split until the loads of enough
@@ -97,21 +97,21 @@ def config(
     if m <= 64:
         block_m = max(16, m)
         block_n, programs = (128, processors) if block_m == 64 else (64, 2 * processors)
-        tiles = _tiles(block_m, block_n, 128, stages=_deepest(block_m, block_n, capability))
-        tiles["SWAP"] = int(capability == HOPPER and block_m < 64)
-        return _split(tiles, m, n, k, processors, programs)
+        config = _config(block_m, block_n, 128, stages=_deepest(block_m, block_n, capability))
+        config["SWAP"] = int(capability == HOPPER and block_m < 64)
+        return _split(config, m, n, k, processors, programs)
     stages = 3 if shared_limit(capability) > 128 * 1024 else 2
     shapes = [(128, 128, 8 if heavy else 4), (64, 128, 4), (64, 64, 4)]
     if capability == HOPPER:
         shapes.insert(0, (128, 256, 8))
-    choices = [_tiles(one, two, 128, warps=warps, stages=stages) for one, two, warps in shapes]
-    tiles = min(choices, key=lambda one: _cost(one, m, n, processors))
-    count = _count(tiles, m, n)
+    choices = [_config(one, two, 128, warps=warps, stages=stages) for one, two, warps in shapes]
+    config = min(choices, key=lambda one: _cost(one, m, n, processors))
+    count = _count(config, m, n)
     if count <= processors // 2:
-        tiles = _split(tiles, m, n, k, processors, processors)
-    if capability[0] in (9, 10) and tiles["BLOCK_M"] == 128 and tiles["SPLIT_K"] == 1:
-        tiles["PERSISTENT"], tiles["FLATTEN"] = 1, int(count > processors)
-    return tiles
+        config = _split(config, m, n, k, processors, processors)
+    if capability[0] in (9, 10) and config["BLOCK_M"] == 128 and config["SPLIT_K"] == 1:
+        config["PERSISTENT"], config["FLATTEN"] = 1, int(count > processors)
+    return config
 
 
 def candidates(
@@ -122,7 +122,7 @@ def candidates(
     heavy: bool = False,
     capability: tuple[int, int] | None = None,
     processors: int | None = None,
-) -> Iterator[Tiles]:
+) -> Iterator[Config]:
     """Tile sizes worth measuring for a shape, at most 30, all of which the architecture can run.
 
     Takes the arguments and yields the fields of `config`.
@@ -135,61 +135,61 @@ def candidates(
     else:
         found = _for_many(m, n, k, heavy, capability, processors)
     limit, seen = shared_limit(capability), set()
-    for tiles in found:
-        key = tuple(tiles.values())
-        if key not in seen and shared_bytes(tiles) <= limit:
+    for config in found:
+        key = tuple(config.values())
+        if key not in seen and shared_bytes(config) <= limit:
             seen.add(key)
-            yield tiles
+            yield config
         if len(seen) == MOST_CANDIDATES:
             return
 
 
-def _for_few(m: int, n: int, k: int, processors: int) -> Iterator[Tiles]:
+def _for_few(m: int, n: int, k: int, processors: int) -> Iterator[Config]:
     block_m = max(16, m)
     swaps = (1, 0) if block_m < 64 else (0,)
     for waves, block_n, block_k, swap in itertools.product((1, 2, 4), (64, 128), (128, 256), swaps):
-        tiles = _tiles(block_m, block_n, block_k, stages=4 if block_k == 128 else 3)
-        tiles["SWAP"] = swap
-        yield _split(tiles, m, n, k, processors, waves * processors)
+        config = _config(block_m, block_n, block_k, stages=4 if block_k == 128 else 3)
+        config["SWAP"] = swap
+        yield _split(config, m, n, k, processors, waves * processors)
     if block_m == 16:
         # a whole row a program: nothing to add up
-        yield _tiles(16, 16, 256, stages=5)
-        yield _tiles(16, 32, 256, stages=5)
-        yield _tiles(16, 32, 512, stages=3)
+        yield _config(16, 16, 256, stages=5)
+        yield _config(16, 32, 256, stages=5)
+        yield _config(16, 32, 512, stages=3)
     if m == 1:
-        eight = {**_tiles(8, 64, 128, stages=4), "SWAP": 1}
+        eight = {**_config(8, 64, 128, stages=4), "SWAP": 1}
         yield _split(eight, m, n, k, processors, 2 * processors)
         yield _split(eight, m, n, k, processors, 4 * processors)
     if block_m == 64:
         for block_n, stages in ((64, 6), (128, 3)):
-            tiles = _tiles(64, block_n, 128, stages=stages)
-            yield _split(tiles, m, n, k, processors, processors)
+            config = _config(64, block_n, 128, stages=stages)
+            yield _split(config, m, n, k, processors, processors)
 
 
 def _for_many(
     m: int, n: int, k: int, heavy: bool, capability: tuple[int, int], processors: int
-) -> Iterator[Tiles]:
+) -> Iterator[Config]:
     warps = 8 if heavy else 4
     if m <= 512:
         for waves, block_m, block_n in itertools.product((1, 2), (64, 128), (64, 128)):
             count = 8 if block_m == 128 else 4  # the sums of other parts need registers
-            tiles = _tiles(block_m, block_n, 128, warps=count)
-            yield _split(tiles, m, n, k, processors, waves * processors)
+            config = _config(block_m, block_n, 128, warps=count)
+            yield _split(config, m, n, k, processors, waves * processors)
     if capability[0] >= 9:
         for flatten, (block_m, block_n, count) in itertools.product(
             (1, 0), ((128, 256, 8), (128, 128, warps), (256, 128, 8))
         ):
             for stages in (4, 3):
-                tiles = _tiles(block_m, block_n, 128, warps=count, stages=stages)
-                yield {**tiles, "PERSISTENT": 1, "FLATTEN": flatten}
+                config = _config(block_m, block_n, 128, warps=count, stages=stages)
+                yield {**config, "PERSISTENT": 1, "FLATTEN": flatten}
     for block_n, block_k, stages, count in (
         (128, 64, 3, 4), (128, 64, 4, 8), (128, 128, 3, 4), (128, 128, 3, 8), (128, 128, 2, 8),
         (256, 64, 3, 8), (256, 64, 4, 8), (256, 128, 3, 8),
     ):  # fmt: skip
-        yield _tiles(128, block_n, block_k, warps=count, stages=stages)
+        yield _config(128, block_n, block_k, warps=count, stages=stages)
 
 
-def _tiles(block_m: int, block_n: int, block_k: int, *, warps: int = 4, stages: int = 3) -> Tiles:
+def _config(block_m: int, block_n: int, block_k: int, *, warps: int = 4, stages: int = 3) -> Config:
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -210,20 +210,20 @@ def _deepest(block_m: int, block_n: int, capability: tuple[int, int]) -> int:
     return 4 if fits else 3
 
 
-def _count(tiles: Mapping[str, int], m: int, n: int) -> int:
-    return math.ceil(m / tiles["BLOCK_M"]) * math.ceil(n / tiles["BLOCK_N"])
+def _count(config: Mapping[str, int], m: int, n: int) -> int:
+    return math.ceil(m / config["BLOCK_M"]) * math.ceil(n / config["BLOCK_N"])
 
 
-def _cost(tiles: Mapping[str, int], m: int, n: int, processors: int) -> int:
+def _cost(config: Mapping[str, int], m: int, n: int, processors: int) -> int:
     """Time, in outputs: tiles that a multiprocessor takes in turn, times what one costs."""
-    block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     one = block_m * block_n + LOADS * (block_m + block_n)
-    return math.ceil(_count(tiles, m, n) / processors) * one
+    return math.ceil(_count(config, m, n) / processors) * one
 
 
-def _split(tiles: Tiles, m: int, n: int, k: int, processors: int, wanted: int) -> Tiles:
+def _split(config: Config, m: int, n: int, k: int, processors: int, wanted: int) -> Config:
     """Parts of K that bring about `wanted` programs and leave few multiprocessors idle."""
-    count, steps = _count(tiles, m, n), math.ceil(k / tiles["BLOCK_K"])
+    count, steps = _count(config, m, n), math.ceil(k / config["BLOCK_K"])
 
     def use(parts: int) -> float:
         programs = count * parts
@@ -232,4 +232,4 @@ def _split(tiles: Tiles, m: int, n: int, k: int, processors: int, wanted: int) -
         return filled * even * min(1.0, programs / (ENOUGH * wanted))
 
     most = max(1, min(MOST_PARTS, steps // LEAST_STEPS, 2 * wanted // count))
-    return {**tiles, "SPLIT_K": max(range(1, most + 1), key=use)}
+    return {**config, "SPLIT_K": max(range(1, most + 1), key=use)}

@@ -13,10 +13,10 @@ import torch
 
 from octavo.kernels.common.epilogue import Epilogue
 
-__all__ = ["int8_gemm", "why_not"]
+__all__ = ["int8_gemm", "reason"]
 
 
-def why_not(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> str:
+def reason(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> str:
     """Why these cannot be multiplied as floats, or nothing."""
     if not x.numel() or not w.numel():
         return "there is nothing to multiply"

@@ -8,10 +8,10 @@ import torch
 
 from octavo.kernels.common.epilogue import IN_PLACE, Epilogue
 
-__all__ = ["int8_gemm", "scaled_in_place", "why_not"]
+__all__ = ["int8_gemm", "reason", "scaled_in_place"]
 
 
-def why_not(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
+def reason(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
     """Why torch._int_mm cannot take these, or nothing."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     n, k = w.shape

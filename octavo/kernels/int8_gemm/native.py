@@ -5,21 +5,21 @@ Results have the bits of the reference, but for the last bits of GELU, SiLU and 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from pathlib import Path
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.common.packed import packed
 from octavo.kernels.native.library import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
+from octavo.kernels.native.memory import new_result
 
-__all__ = ["int8_gemm", "product", "why_not"]
+__all__ = ["int8_gemm", "packed_panels", "panels", "product", "reason"]
 
 PANEL, GROUP, SHIFT = 32, 4, 128
 """Output channels, and codes of a row, that lie together; what makes weights unsigned."""
-STEP = PANEL * 48
-"""Products in a step of a tile's loop."""
+WORK = PANEL * 48
+"""Products in an iteration of a tile's loop."""
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu-tanh", "silu", "hardswish")
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32)
 """Both in the order of native.c."""
@@ -33,17 +33,15 @@ LIBRARY = Library(
         ]
     },
 )
-_packed: MutableMapping[torch.Tensor, tuple[int, int, torch.Tensor]] = WeakTensorKeyDictionary()
-"""Weights' codes -> their version, where they lie, and their panels."""
 
 
-def why_not(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
+def reason(x: torch.Tensor, w: torch.Tensor, *_: object) -> str:
     """Why the C cannot multiply these, or nothing."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device.type}"
     if not x.numel() or not w.numel():
         return "there is nothing to multiply"
-    return LIBRARY.why_not()
+    return LIBRARY.reason()
 
 
 def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -52,7 +50,11 @@ def int8_gemm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Ten
     bias, integer = _floats(e.bias), None
     if e.bias is not None and e.bias.dtype == torch.int32:
         bias, integer = None, e.bias.contiguous()
-    out = x.new_empty((*x.shape[:-1], n), dtype=e.out_dtype)
+    shape = (*x.shape[:-1], n)
+    if e.out_dtype == torch.float32:
+        out = new_result(*shape)
+    else:
+        out = torch.empty(shape, dtype=e.out_dtype, device="cpu")
     product(
         x.contiguous(),
         w,
@@ -126,14 +128,12 @@ def product(
         out_scale,
         out_zero_point,
         out.data_ptr(),
-        threads or threads_for(rows * n * k // STEP),
+        threads or threads_for(rows * n * k // WORK),
     )
 
 
 def panels(w: torch.Tensor) -> torch.Tensor:
     """Weights in the order that the C reads, made again when they have changed.
-
-    Tensors of inference mode do not tell of changes, so nothing is remembered of them.
 
     Args:
         w: codes, int8 [N, K].
@@ -141,52 +141,14 @@ def panels(w: torch.Tensor) -> torch.Tensor:
     Returns:
         codes plus 128, uint8 [ceil(N / 32), ceil(K / 4), 32 * 4].
     """
-    if w.is_inference():
-        return _panels(w)
-    known = _packed.get(w)
-    if known is not None and known[0] == w._version and known[1] == w.data_ptr():
-        return known[2]
-    version = w._version  # first: a change while this computes is then seen by the next call
-    made = _panels(w)
-    _packed[w] = version, w.data_ptr(), made
-    return made
+    return packed(w, "panels", packed_panels)
 
 
-def _panels(w: torch.Tensor) -> torch.Tensor:
+def packed_panels(w: torch.Tensor) -> torch.Tensor:
+    """`panels` without keeping them."""
     n, k = w.shape
     blocks, groups = -(-n // PANEL), -(-k // GROUP)
-    with torch.inference_mode():
-        whole = w.new_full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
-        torch.bitwise_xor(w.detach().view(torch.uint8), SHIFT, out=whole[:n, :k])
-        fours = whole.view(torch.int32).view(blocks, PANEL, groups)
-        return fours.transpose(1, 2).contiguous().view(torch.uint8)
-
-
-# What torch.compile calls, past the choice of a body and the bookkeeping of
-# `torch.library.custom_op`: together they take as long as a small product.
-torch.library.define(
-    "octavo::native_int8_gemm",
-    "(Tensor x, Tensor w, Tensor scale_x, Tensor scale_w, Tensor? bias, str activation, "
-    "ScalarType out_dtype) -> Tensor",
-)
-
-
-def _compiled(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor,
-    scale_w: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    parts = scale_x, scale_w, bias, None, None
-    return int8_gemm(x, w, Epilogue(*parts, activation, out_dtype))
-
-
-torch.library.impl("octavo::native_int8_gemm", "CPU")(_compiled)
-
-
-@torch.library.register_fake("octavo::native_int8_gemm")  # type: ignore[untyped-decorator]
-def _fake(x: torch.Tensor, w: torch.Tensor, *rest: object) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=rest[-1])  # type: ignore[call-overload,no-any-return]
+    whole = w.new_full((blocks * PANEL, groups * GROUP), SHIFT, dtype=torch.uint8)
+    torch.bitwise_xor(w.detach().view(torch.uint8), SHIFT, out=whole[:n, :k])
+    fours = whole.view(torch.int32).view(blocks, PANEL, groups)
+    return fours.transpose(1, 2).contiguous().view(torch.uint8)

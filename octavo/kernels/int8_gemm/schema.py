@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import FLOATS, MAX_K, MOST_ROWS, Epilogue, check_epilogue
-from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dispatch.tracing import is_inlined, wants_gradient
+from octavo.kernels.common.epilogue import MAX_K, MOST_ROWS, Epilogue, check_epilogue
+from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
+from octavo.kernels.dispatch.select import Implementation, triton_reason
 from octavo.kernels.int8_gemm import dequantize, int_mm, native, reference
 from octavo.kernels.int8_gemm.configs import bucket
 
@@ -67,33 +66,38 @@ def int8_gemm(
         InputError: a wrong dtype, shape or device, or K so large that int32 could overflow.
         UnsupportedError: the backend asked for cannot run this.
     """
-    _check_codes(x_q, w_q)
-    tensors = (x_q, w_q, scale_x, scale_w, bias, residual, out_scale, residual_scale)
-    arguments = (*tensors, activation, out_dtype, out_zero_point, residual_zero_point)
-    epilogue = _bind(*arguments)[-1]
-    n, batch = w_q.shape[0], tuple(x_q.shape[:-1])
-    check_epilogue(epilogue, x_q, scales_x=[(), batch], n=n, result=(*batch, n))
-    if is_inlined(x_q, backend):
-        inlined = _inlined(x_q, w_q, epilogue, wants_gradient(backend, *tensors))
-        if inlined is not None:
-            return inlined
-    call = _run if is_plain_call(*tensors) else torch.ops.octavo.int8_gemm
-    result: torch.Tensor = call(*arguments, backend)
+    epilogue = Epilogue(
+        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
+        residual_scale, out_zero_point, residual_zero_point,
+    )  # fmt: skip
+    result: torch.Tensor = OPERATOR(x_q, w_q, epilogue, backend=backend)
     return result
 
 
-def _inlined(x: torch.Tensor, w: torch.Tensor, e: Epilogue, gradient: bool) -> torch.Tensor | None:
-    """What a compiler for a CPU should see in the place of the operator, if anything."""
-    result: torch.Tensor
-    if not (gradient or native.why_not(x, w)):
-        floats = e.scale_x is not None and e.out_dtype in FLOATS
-        if not floats or e.residual is not None:
-            return None
-        result = torch.ops.octavo.native_int8_gemm(
-            x, w, e.scale_x, e.scale_w, e.bias, e.activation, e.out_dtype
+def _check(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> None:
+    for name, value in (("x_q", x), ("w_q", w)):
+        if value.dtype != torch.int8:
+            raise InputError(f"{name} is {value.dtype}; int8_gemm takes int8 codes")
+    if x.ndim == 0 or w.ndim != 2 or x.shape[-1] != w.shape[1]:
+        raise InputError(
+            f"x_q {list(x.shape)} and w_q {list(w.shape)} do not fit; they are [..., K] and [N, K]"
         )
-        return result
-    if int_mm.why_not(x, w):
+    if w.shape[1] > MAX_K:
+        raise InputError(
+            f"K is {w.shape[1]}, and sums over more than {MAX_K} can overflow int32; split it"
+        )
+    if w.device != x.device:
+        raise InputError(f"w_q is on {w.device} and x_q on {x.device}; move one of them")
+    n, batch = w.shape[0], tuple(x.shape[:-1])
+    check_epilogue(epilogue, x, scales_x=[(), batch], n=n, result=(*batch, n))
+
+
+def _inline(x: torch.Tensor, w: torch.Tensor, e: Epilogue, backend: str) -> torch.Tensor | None:
+    """Torch's product for a compiler of CPUs without the C, which fuses what follows it."""
+    gradient = wants_gradient(backend, *(one for one in e if isinstance(one, torch.Tensor)))
+    if not compiled_inline(x, backend) or int_mm.reason(x, w):
+        return None
+    if not (gradient or native.reason(x, w)):
         return None
     result = int_mm.int8_gemm(x, w, e)
     # Inductor would compute an error function anew for each reader, such as the passes of the
@@ -101,67 +105,8 @@ def _inlined(x: torch.Tensor, w: torch.Tensor, e: Epilogue, gradient: bool) -> t
     return result.as_strided(result.shape, result.stride()) if e.activation == "gelu" else result
 
 
-def _check_codes(x_q: torch.Tensor, w_q: torch.Tensor) -> None:
-    for name, value in (("x_q", x_q), ("w_q", w_q)):
-        if value.dtype != torch.int8:
-            raise InputError(f"{name} is {value.dtype}; int8_gemm takes int8 codes")
-    if x_q.ndim == 0 or w_q.ndim != 2 or x_q.shape[-1] != w_q.shape[1]:
-        raise InputError(
-            f"x_q {list(x_q.shape)} and w_q {list(w_q.shape)} do not fit; they are [..., K] and "
-            "[N, K]"
-        )
-    if w_q.shape[1] > MAX_K:
-        raise InputError(
-            f"K is {w_q.shape[1]}, and sums over more than {MAX_K} can overflow int32; split it"
-        )
-    if w_q.device != x_q.device:
-        raise InputError(f"w_q is on {w_q.device} and x_q on {x_q.device}; move one of them")
-
-
-def _bind(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale_x: torch.Tensor | None,
-    scale_w: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out_scale: torch.Tensor | None,
-    residual_scale: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    out_zero_point: int,
-    residual_zero_point: int,
-) -> tuple[torch.Tensor, torch.Tensor, Epilogue]:
-    """What bodies take, from the arguments of the registered operator."""
-    epilogue = Epilogue(
-        scale_x, scale_w, bias, residual, out_scale, activation, out_dtype,
-        residual_scale, out_zero_point, residual_zero_point,
-    )  # fmt: skip
-    return x, w, epilogue
-
-
-def _run(*arguments: Any) -> torch.Tensor:
-    *given, backend = arguments
-    result: torch.Tensor = run("int8_gemm", _BODIES, backend, _bind(*given), _kind)
-    return result
-
-
-_operator = torch.library.custom_op(
-    "octavo::int8_gemm",
-    _run,
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor w, Tensor? scale_x, Tensor? scale_w, Tensor? bias, Tensor? residual, "
-        "Tensor? out_scale, Tensor? residual_scale, str activation, ScalarType out_dtype, "
-        "int out_zero_point, int residual_zero_point, str backend) -> Tensor"
-    ),
-)
-
-
-@_operator.register_fake
-def _fake(*arguments: Any) -> torch.Tensor:
-    x, w, epilogue = _bind(*arguments[:-1])
-    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=epilogue.out_dtype)
+def _fake(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=e.out_dtype)
 
 
 def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -170,15 +115,15 @@ def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tenso
     return triton.int8_gemm(x, w, epilogue)
 
 
-def _why_not_triton(x: torch.Tensor, *_: object) -> str:
+def _triton_reason(x: torch.Tensor, *_: object) -> str:
     """Why the kernels cannot multiply these, or nothing."""
     if math.prod(x.shape[:-1]) > MOST_ROWS:
         return f"it counts up to {MOST_ROWS} rows"
-    return why_not_triton(x, (8, 0))
+    return triton_reason(x, (8, 0))
 
 
-def _kind(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> tuple[object, ...]:
-    """What decides which body is the fastest."""
+def _bucket(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> tuple[object, ...]:
+    """What decides which implementation is the fastest."""
     n, k = w.shape
     return (
         bucket(x.numel() // k if k else 0),
@@ -192,10 +137,17 @@ def _kind(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> tuple[object, ...]:
     )
 
 
-_BODIES = (
-    Body("triton", _why_not_triton, _triton),
-    Body("native", native.why_not, native.int8_gemm),
-    Body("int_mm", int_mm.why_not, int_mm.int8_gemm),
-    Body("reference", lambda *_: "", reference.int8_gemm, "last"),
-    Body("dequantize", dequantize.why_not, dequantize.int8_gemm, "measured"),
+OPERATOR = Operator(
+    "int8_gemm",
+    _check,
+    (
+        Implementation("triton", _triton_reason, _triton),
+        Implementation("native", native.reason, native.int8_gemm),
+        Implementation("int_mm", int_mm.reason, int_mm.int8_gemm),
+        Implementation("reference", lambda *_: "", reference.int8_gemm, "last"),
+        Implementation("dequantize", dequantize.reason, dequantize.int8_gemm, "measured"),
+    ),
+    _fake,
+    bucket=_bucket,
+    inline=_inline,
 )

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: chooses tiles, lends the memory they need, fills arguments in."""
+"""Launches the Triton kernels: chooses a config, lends memory, fills arguments in."""
 
 # Triton's language only looks like Python:
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.common.triton_launch import device_facts, end_arguments, end_constants
-from octavo.kernels.dispatch.tuning import best
-from octavo.kernels.int8_gemm.configs import bucket, candidates, config, pieces
+from octavo.kernels.dispatch.autotune import best_config
+from octavo.kernels.int8_gemm.configs import bucket, candidates, default_config, pieces
 from octavo.kernels.int8_gemm.triton_persistent import persistent_kernel
 from octavo.kernels.int8_gemm.triton_tiles import tiles_kernel
 
@@ -32,7 +32,7 @@ def int8_gemm(
     x: torch.Tensor,
     w: torch.Tensor,
     epilogue: Epilogue,
-    tiles: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     """See `schema.int8_gemm`.
 
@@ -40,7 +40,7 @@ def int8_gemm(
         x: int8 [..., K].
         w: int8 [N, K].
         epilogue: what happens to the accumulators.
-        tiles: fields of `tiles.config`, in its place, for tests; those missing are 0.
+        config: fields of `default_config`, in its place, for tests; those missing are 0.
     """
     out = torch.empty(*x.shape[:-1], w.shape[0], dtype=epilogue.out_dtype, device=x.device)
     if not out.numel():
@@ -50,13 +50,13 @@ def int8_gemm(
         return epilogue(torch.zeros(out.shape, dtype=torch.int32, device=x.device))
     with torch.cuda.device_of(x):
         rows, w = _aligned(x.reshape(m, k)), _aligned(w)
-        chosen = _choose(rows, w, out, epilogue) if tiles is None else tiles
+        chosen = _choose(rows, w, out, epilogue) if config is None else config
         _launch(rows, w, out, epilogue, chosen)
     return out
 
 
 def _choose(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue) -> Mapping[str, int]:
-    """The tuned tiles, or those of the rule."""
+    """The tuned configuration, or that of the rule."""
     (m, k), n = x.shape, w.shape[0]
     heavy = is_heavy(e)
     capability, processors = device_facts(x.device)
@@ -67,12 +67,12 @@ def _choose(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue) ->
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(m, n, k, heavy=heavy, capability=capability, processors=processors)
 
-    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+    def run(config: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
-        _launch(x, w, result, e, tiles)
+        _launch(x, w, result, e, config)
         return result
 
-    return best("int8_gemm", key, x.device, rule, others, run)
+    return best_config("int8_gemm", key, x.device, rule, others, run)
 
 
 def is_heavy(e: Epilogue) -> bool:
@@ -84,7 +84,7 @@ def is_heavy(e: Epilogue) -> bool:
 def _rule(
     m: int, n: int, k: int, heavy: bool, capability: tuple[int, int] | None, processors: int
 ) -> Mapping[str, int]:
-    return config(m, n, k, heavy=heavy, capability=capability, processors=processors)
+    return default_config(m, n, k, heavy=heavy, capability=capability, processors=processors)
 
 
 def _has_tma(device: torch.device) -> bool:
@@ -109,11 +109,11 @@ def _aligned(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
-    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue, tiles: Mapping[str, int]
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue, config: Mapping[str, int]
 ) -> None:
     """Fills `out`, contiguous [..., N], from `_aligned` x [M, K] and w [N, K], none empty."""
     (m, k), n = x.shape, w.shape[0]
-    block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     count = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     extras = end_arguments(e, x)
     constants = {
@@ -121,19 +121,19 @@ def _launch(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "GROUP_M": tiles["GROUP_M"],
-        "PIECES": pieces(tiles),
-        "num_warps": tiles["num_warps"],
-        "num_stages": tiles["num_stages"],
+        "GROUP_M": config["GROUP_M"],
+        "PIECES": pieces(config),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
     }
-    if tiles.get("PERSISTENT") and _has_tma(x.device):
+    if config.get("PERSISTENT") and _has_tma(x.device):
         persistent_kernel[(min(count, device_facts(x.device)[1]),)](
             TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, block_k]),
             TensorDescriptor(w, [n, k], [w.stride(0), 1], [block_n, block_k]),
-            out, *extras, m, n, k, FLATTEN=bool(tiles.get("FLATTEN")), **constants,
+            out, *extras, m, n, k, FLATTEN=bool(config.get("FLATTEN")), **constants,
         )  # fmt: skip
         return
-    split = tiles["SPLIT_K"]
+    split = config["SPLIT_K"]
     partial = arrived = out
     if split > 1:
         size = count * split * block_m * block_n
@@ -142,7 +142,7 @@ def _launch(
     tiles_kernel[(count, split)](
         x, w, out, *extras, partial, arrived,
         m, n, k, x.stride(0), w.stride(0),
-        SPLIT_K=split, SWAP=bool(tiles.get("SWAP")), EVEN_K=k % block_k == 0, FEW=m < block_m,
+        SPLIT_K=split, SWAP=bool(config.get("SWAP")), EVEN_K=k % block_k == 0, FEW=m < block_m,
         **constants,
     )  # fmt: skip
 

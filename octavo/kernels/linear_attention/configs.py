@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 
-__all__ = ["candidates", "config", "for_states", "of_step", "padded"]
+__all__ = ["candidates", "default_config", "for_states", "of_step", "padded"]
 
-Tiles = dict[str, int]
-Form = tuple[int, int, int, int, int]
+Config = dict[str, int]
+Blocks = tuple[int, int, int, int, int]
 
 WAVES = 2
 """Programs wanted for each multiprocessor."""
@@ -21,7 +21,7 @@ STEP_BLOCK = 8192
 """Values of a state that a step's program holds at a time."""
 SECTOR = 8
 """Values that memory gives at least, 32 bytes."""
-FORM = ("BLOCK_T", "BLOCK_K", "BLOCK_E", "num_warps", "num_stages")
+NAMES = ("BLOCK_T", "BLOCK_K", "BLOCK_E", "num_warps", "num_stages")
 PAIRS_OF_FLOATS = (32, 32, 128, 8, 1)
 CAUSAL = {
     ("bf16", 64): (16, 0, 64, 4, 2),
@@ -56,9 +56,9 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def config(
+def default_config(
     rows: int, heads: int, d: int, e: int, *, kind: str, causal: bool, processors: int = 132
-) -> Tiles:
+) -> Config:
     """The cut of a call, by rule: nothing has been tuned on a GPU yet.
 
     Args:
@@ -74,15 +74,15 @@ def config(
         CHUNK (rows of a state), BLOCK_T (of which so many at a time), BLOCK_K, BLOCK_E, num_warps,
         num_stages; see CAUSAL.
     """
-    form = _form(CAUSAL if causal else ALL_KEYS, d, e, kind)
-    return _cut(rows, heads, e, processors, form)
+    blocks = _blocks(CAUSAL if causal else ALL_KEYS, d, e, kind)
+    return _cut(rows, heads, e, processors, blocks)
 
 
-def for_states(d: int, e: int, kind: str) -> Tiles:
+def for_states(d: int, e: int, kind: str) -> Config:
     """BLOCK_T, BLOCK_E and options for the kernel of states, which holds less than others."""
-    form = dict(zip(FORM, _form(ALL_KEYS, d, e, kind), strict=True))
-    del form["BLOCK_K"]
-    return form
+    blocks = dict(zip(NAMES, _blocks(ALL_KEYS, d, e, kind), strict=True))
+    del blocks["BLOCK_K"]
+    return blocks
 
 
 def of_step(places: int, d: int, e: int, processors: int = 132) -> tuple[int, bool]:
@@ -104,33 +104,35 @@ def of_step(places: int, d: int, e: int, processors: int = 132) -> tuple[int, bo
 
 def candidates(
     rows: int, heads: int, d: int, e: int, *, kind: str, causal: bool, processors: int = 132
-) -> Iterator[Tiles]:
+) -> Iterator[Config]:
     """Cuts worth measuring; takes the arguments and yields the fields of `config`."""
-    rule = config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
+    rule = default_config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
     seen = [rule]
-    forms = [_form(CAUSAL if causal else ALL_KEYS, d, e, kind)]
+    several = [_blocks(CAUSAL if causal else ALL_KEYS, d, e, kind)]
     if causal:  # any head may be taken by pairs
-        forms.append(_form(CAUSAL, 256, e, kind))
-    for block_t, block_k, block_e, _, stages in forms:
+        several.append(_blocks(CAUSAL, 256, e, kind))
+    for block_t, block_k, block_e, _, stages in several:
         wider = (block_e, max(block_e, min(2 * block_e, padded(e))))
-        for form in itertools.product((block_t, 2 * block_t), (block_k,), wider, (4, 8), (stages,)):
+        for blocks in itertools.product(
+            (block_t, 2 * block_t), (block_k,), wider, (4, 8), (stages,)
+        ):
             for share in (1, 4):
-                tiles = _cut(rows, heads, e, share * processors, form)
-                if tiles not in seen:
-                    seen.append(tiles)
-                    yield tiles
+                config = _cut(rows, heads, e, share * processors, blocks)
+                if config not in seen:
+                    seen.append(config)
+                    yield config
 
 
-def _form(table: Mapping[tuple[str, int], Form], d: int, e: int, kind: str) -> Form:
+def _blocks(table: Mapping[tuple[str, int], Blocks], d: int, e: int, kind: str) -> Blocks:
     block_t, block_k, block_e, warps, stages = table[kind, max(64, padded(d))]
     if block_k and padded(e) <= 64:  # few values for so many threads
         warps = 4
     return block_t, block_k, min(max(LEAST_E, padded(e)), block_e), warps, stages
 
 
-def _cut(rows: int, heads: int, e: int, processors: int, form: Form) -> Tiles:
+def _cut(rows: int, heads: int, e: int, processors: int, blocks: Blocks) -> Config:
     """Chunks that bring about enough programs, a power of two of rows each; short ones of pairs."""
-    _, pairs, block_e, *_ = form
+    _, pairs, block_e, *_ = blocks
     share = 1 if pairs else rows * heads * -(-e // block_e) // (WAVES * processors)
     chunk = max(LEAST_CHUNK, 1 << max(share, 1).bit_length() - 1)
-    return {"CHUNK": chunk, **dict(zip(FORM, form, strict=True))}
+    return {"CHUNK": chunk, **dict(zip(NAMES, blocks, strict=True))}

@@ -54,8 +54,7 @@ class State(NamedTuple):
     normalizer: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """Arguments of `schema.linear_attention` beside q, k and v, in the operator's order; see there.
 
     The initial state is `kv` and `normalizer`, or neither.

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch.select import Body, is_plain_call, select, why_not_triton
-from octavo.kernels.linear_attention import reference
-from octavo.kernels.linear_attention.gradient import OPTIONS, register_gradient
+from octavo.kernels.common.epilogue import FLOATS
+from octavo.kernels.dispatch.operator import Operator
+from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.linear_attention import gradient, reference
 from octavo.kernels.linear_attention.reference import (
     EPS,
     FEATURE_MAPS,
@@ -23,7 +24,6 @@ from octavo.kernels.linear_attention.reference import (
 
 __all__ = ["State", "linear_attention", "linear_attention_step"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD = 256
 """The longest keys and values of a head that the Triton kernels take."""
 MAX_TOKEN = 1 << 23
@@ -79,36 +79,11 @@ def linear_attention(
         InputError: a wrong dtype, shape, device or name.
         UnsupportedError: the backend asked for cannot run this.
     """
-    _check_tokens(q, k, v)
-    _check_feature_map(feature_map)
-    batch, count = q.shape[:2]
-    if k.shape[:1] != q.shape[:1] or k.shape[2:] != q.shape[2:] or v.shape[:3] != k.shape[:3]:
-        raise InputError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they are "
-            "[B, Tq, H, D], [B, Tk, H, D] and [B, Tk, H, E]"
-        )
-    same = causal or cu_seqlens is not None
-    if same and k.shape[1] != count:
-        raise InputError(
-            f"q has {count} tokens and k {k.shape[1]}; causal attention and packed sequences "
-            "need as many"
-        )
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise InputError(f"eps is {eps}; it must be 0 or more, and finite")
-    if key_padding_mask is not None:
-        _check("key_padding_mask", key_padding_mask, torch.bool, (batch, k.shape[1]), q)
-    sequences = batch
-    if cu_seqlens is not None:
-        sequences = cu_seqlens.numel() - 1
-        _check("cu_seqlens", cu_seqlens, torch.int32, (max(sequences, 0) + 1,), q)
-        if batch != 1:
-            raise InputError(f"B is {batch}; packed sequences are rows of one batch: reshape them")
-    if initial_state is not None:
-        _check_state(initial_state, sequences, q, v)
     kv, normalizer = (None, None) if initial_state is None else initial_state
-    tensors = (q, k, v, key_padding_mask, cu_seqlens, kv, normalizer)
-    call = _run if is_plain_call(*tensors) else torch.ops.octavo.linear_attention
-    out, kv, normalizer = call(*tensors, feature_map, causal, return_state, eps, backend)
+    options = Options(
+        key_padding_mask, cu_seqlens, kv, normalizer, feature_map, causal, return_state, eps
+    )
+    out, kv, normalizer = OPERATOR(q, k, v, options, backend=backend)
     return (out, State(kv, normalizer)) if return_state else out
 
 
@@ -140,6 +115,42 @@ def linear_attention_step(
         InputError: a wrong dtype, shape, device or name, or a state that is not contiguous.
         UnsupportedError: the backend asked for cannot run this.
     """
+    out: torch.Tensor = STEP_OPERATOR(q, k, v, state, feature_map, backend=backend)
+    return out
+
+
+def _check_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> None:
+    _check_tokens(q, k, v)
+    _check_feature_map(options.feature_map)
+    batch, count = q.shape[:2]
+    if k.shape[:1] != q.shape[:1] or k.shape[2:] != q.shape[2:] or v.shape[:3] != k.shape[:3]:
+        raise InputError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they are "
+            "[B, Tq, H, D], [B, Tk, H, D] and [B, Tk, H, E]"
+        )
+    if (options.causal or options.cu_seqlens is not None) and k.shape[1] != count:
+        raise InputError(
+            f"q has {count} tokens and k {k.shape[1]}; causal attention and packed sequences "
+            "need as many"
+        )
+    if not (options.eps >= 0 and math.isfinite(options.eps)):
+        raise InputError(f"eps is {options.eps}; it must be 0 or more, and finite")
+    if options.key_padding_mask is not None:
+        _check("key_padding_mask", options.key_padding_mask, torch.bool, (batch, k.shape[1]), q)
+    if options.cu_seqlens is not None:
+        sequences = max(options.sequences(q), 0)
+        _check("cu_seqlens", options.cu_seqlens, torch.int32, (sequences + 1,), q)
+        if batch != 1:
+            raise InputError(f"B is {batch}; packed sequences are rows of one batch: reshape them")
+    if (options.kv is None) != (options.normalizer is None):
+        raise InputError("initial_state has one of kv and normalizer; give both, or None")
+    if options.initial is not None:
+        _check_state(options.initial, options.sequences(q), q, v)
+
+
+def _check_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State, feature_map: str
+) -> None:
     _check_tokens(q, k, v, step=True)
     _check_feature_map(feature_map)
     if k.shape != q.shape or v.shape[:2] != q.shape[:2]:
@@ -154,10 +165,6 @@ def linear_attention_step(
                 f"state.{name} has strides {list(value.stride())}, and is updated in place; "
                 "make it contiguous first"
             )
-    tensors = (q, k, v, *state)
-    call = _run_step if is_plain_call(*tensors) else torch.ops.octavo.linear_attention_step
-    out: torch.Tensor = call(*tensors, feature_map, backend)
-    return out
 
 
 def _check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, step: bool = False) -> None:
@@ -214,31 +221,9 @@ def _check_lengths(cu_seqlens: torch.Tensor, tokens: int) -> None:
         )
 
 
-def _run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *given, backend = rest
-    options = Options(*given)
-    if options.cu_seqlens is not None:
-        _check_lengths(options.cu_seqlens, q.shape[1])
-    body = select("linear_attention", _BODIES, backend, q, k, v, options)
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = body.run(q, k, v, options)
-    return found
-
-
-_operator = torch.library.custom_op(
-    "octavo::linear_attention",
-    _run,
-    mutates_args=(),
-    schema=(f"(Tensor q, Tensor k, Tensor v, {OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)"),
-)
-
-
-@_operator.register_fake
 def _fake(
-    q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *rest: Any
+    q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(*rest[:-1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if options.return_state:
         return out, *empty_state(q, v, options)
@@ -246,41 +231,11 @@ def _fake(
     return out, q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
 
 
-register_gradient(_operator)
-
-
-def _run_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: torch.Tensor,
-    normalizer: torch.Tensor,
-    feature_map: str,
-    backend: str,
-) -> torch.Tensor:
-    arguments = (q, k, v, State(kv, normalizer), feature_map)
-    body = select("linear_attention_step", _STEP_BODIES, backend, *arguments)
-    out: torch.Tensor = body.run(*arguments)
-    return out
-
-
-_step_operator = torch.library.custom_op(
-    "octavo::linear_attention_step",
-    _run_step,
-    mutates_args=("kv", "normalizer"),
-    schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) normalizer, str feature_map, "
-        "str backend) -> Tensor"
-    ),
-)
-
-
-@_step_operator.register_fake
-def _fake_step(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_rest: object) -> torch.Tensor:
+def _fake_step(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _why_not(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> str:
+def _reason(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> str:
     """Why the kernels cannot take these, or nothing."""
     longest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float64:
@@ -289,7 +244,7 @@ def _why_not(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> 
         return f"heads of {q.shape[-1]} and {v.shape[-1]} are longer than {MAX_HEAD}"
     if q.shape[-2] * longest >= MAX_TOKEN:
         return f"{q.shape[-2]} heads of {longest} are {MAX_TOKEN} values a token or more"
-    return why_not_triton(q, (8, 0))
+    return triton_reason(q, (8, 0))
 
 
 def _triton(name: str) -> Callable[..., Any]:
@@ -303,11 +258,35 @@ def _triton(name: str) -> Callable[..., Any]:
     return run
 
 
-_BODIES = (
-    Body("triton", _why_not, _triton("linear_attention")),
-    Body("reference", lambda *_: "", reference.linear_attention, "last"),
+def _of_lengths(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Looks at the lengths first, which are values and so belong to each call."""
+
+    def checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Any:
+        if options.cu_seqlens is not None:
+            _check_lengths(options.cu_seqlens, q.shape[1])
+        return run(q, k, v, options)
+
+    return checked
+
+
+OPERATOR = Operator(
+    "linear_attention",
+    _check_call,
+    (
+        Implementation("triton", _reason, _of_lengths(_triton("linear_attention"))),
+        Implementation("reference", lambda *_: "", _of_lengths(reference.linear_attention), "last"),
+    ),
+    _fake,
+    returns="(Tensor, Tensor, Tensor)",
+    gradient=(gradient.backward, gradient.keep),
 )
-_STEP_BODIES = (
-    Body("triton", _why_not, _triton("linear_attention_step")),
-    Body("reference", lambda *_: "", reference.linear_attention_step, "last"),
+STEP_OPERATOR = Operator(
+    "linear_attention_step",
+    _check_step,
+    (
+        Implementation("triton", _reason, _triton("linear_attention_step")),
+        Implementation("reference", lambda *_: "", reference.linear_attention_step, "last"),
+    ),
+    _fake_step,
+    updated=("state_kv", "state_normalizer"),
 )

@@ -20,7 +20,7 @@ def moved_bytes(
     sequences: int,
     heads: int,
     sizes: tuple[int, int],
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     kind: str,
     causal: bool,
@@ -37,7 +37,7 @@ def moved_bytes(
         sequences: how many, none packed.
         heads: of a token.
         sizes: D and E.
-        tiles: the cut.
+        config: the cut.
         kind: of q, k, v and the result.
         causal: whether it is.
         carried: there is an initial state.
@@ -45,21 +45,21 @@ def moved_bytes(
     """
     (of_queries, of_keys), (d, e) = lengths, sizes
     item, state = SIZES[kind], 4 * (d * e + d)
-    blocks = -(-e // tiles["BLOCK_E"])
-    chunks_q, chunks_k = (max(1, -(-rows // tiles["CHUNK"])) for rows in lengths)
-    pairs = causal and tiles["BLOCK_K"] > 0
+    blocks = -(-e // config["BLOCK_E"])
+    chunks_q, chunks_k = (max(1, -(-rows // config["CHUNK"])) for rows in lengths)
+    pairs = causal and config["BLOCK_K"] > 0
     summed = returned if pairs else not causal
     scanned = chunks_k > 1 or (summed if causal else carried)
     moved = item * of_queries * e
     states = chunks_k if summed else chunks_k - 1
     if states:
         again = -(-e // for_states(d, e, kind)["BLOCK_E"])
-        moved += item * min(of_keys, states * tiles["CHUNK"]) * (d * again + e) + state * states
+        moved += item * min(of_keys, states * config["CHUNK"]) * (d * again + e) + state * states
     if scanned:
         moved += state * (states + chunks_k * causal + carried + summed)
     reads, of_pairs = chunks_q, of_keys * causal
     if pairs:
-        reads, of_queries, of_pairs = _pairs(of_queries, tiles["CHUNK"], tiles["BLOCK_T"])
+        reads, of_queries, of_pairs = _pairs(of_queries, config["CHUNK"], config["BLOCK_T"])
         of_queries += lengths[0] * (1 + (scanned or carried))
     moved += item * (of_queries * d * blocks + of_pairs * (d * blocks + e))
     if scanned or carried or not causal:  # each block of E reads the normaliser again

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import triton
 
-from octavo.kernels.dispatch.tuning import best, size_bucket
+from octavo.kernels.dispatch.autotune import best_config, size_bucket
 from octavo.kernels.linear_attention.configs import (
     candidates,
-    config,
+    default_config,
     for_states,
     of_step,
     padded,
@@ -43,9 +43,9 @@ def linear_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     options: Options,
-    tiles: Mapping[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `schema.linear_attention`; `tiles` replaces what `tiles.config` says."""
+    """See `schema.linear_attention`; `config` replaces what `default_config` says."""
     (batch, rows, heads, d), e = q.shape, v.shape[-1]
     sequences = options.sequences(q)
     kinds: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
@@ -57,9 +57,9 @@ def linear_attention(
     )
     if sequences * heads:
         with torch.cuda.device_of(q):
-            if tiles is None:
-                tiles = _choose(q, k, v, options)
-            _Launches(q, k, v, options, tiles, sequences, out, total).run()
+            if config is None:
+                config = _choose(q, k, v, options)
+            _Launches(q, k, v, options, config, sequences, out, total).run()
     if not options.return_state:
         return out, out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
     return out, total.kv, total.normalizer
@@ -81,17 +81,17 @@ def _choose(
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(*sizes, kind=kind, causal=options.causal, processors=processors)
 
-    def run(tiles: Mapping[str, int]) -> torch.Tensor:
-        return linear_attention(q, k, v, options, tiles)[0]
+    def run(config: Mapping[str, int]) -> torch.Tensor:
+        return linear_attention(q, k, v, options, config)[0]
 
-    return best("linear_attention", key, q.device, rule, others, run)
+    return best_config("linear_attention", key, q.device, rule, others, run)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rule(
     rows: int, heads: int, d: int, e: int, kind: str, causal: bool, processors: int
 ) -> Mapping[str, int]:
-    return config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
+    return default_config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
 
 
 @functools.cache
@@ -112,7 +112,7 @@ class _Launches:
         k: torch.Tensor,
         v: torch.Tensor,
         options: Options,
-        tiles: Mapping[str, int],
+        config: Mapping[str, int],
         sequences: int,
         out: torch.Tensor,
         total: State,
@@ -121,7 +121,7 @@ class _Launches:
         self._options, self._sequences = options, sequences
         self._out, self._total = out, total
         self._sizes = _, d, e = (q.shape[2], q.shape[3], v.shape[3])
-        self._chunk, self._tiles = tiles["CHUNK"], tiles
+        self._chunk, self._config = config["CHUNK"], config
         # an argument that is not there still needs a pointer, which is never read
         mask, self._cu = options.key_padding_mask, options.cu_seqlens
         self._mask = out if mask is None else mask.contiguous().view(torch.uint8)
@@ -137,7 +137,7 @@ class _Launches:
     def run(self) -> None:
         """Fills `out` and, unless it is empty, `total`."""
         options, initial, causal = self._options, self._options.initial, self._options.causal
-        pairs = causal and self._tiles["BLOCK_K"] > 0
+        pairs = causal and self._config["BLOCK_K"] > 0
         # the other causal kernel leaves its state behind
         summed = options.return_state if pairs else not causal
         slots = self._slots(self._k.shape[1])
@@ -194,7 +194,7 @@ class _Launches:
     def _results(self, pairs: bool, state: State | None, size: int | None = None) -> None:
         """From the state before each chunk, or that of each sequence; None where there is none."""
         heads, d, e = self._sizes
-        rows, form = self._q.shape[1], {**self._tiles}
+        rows, form = self._q.shape[1], {**self._config}
         programs = self._slots(rows) * heads * triton.cdiv(e, form["BLOCK_E"])
         chunk, block_k = form.pop("CHUNK"), form.pop("BLOCK_K")
         inputs = (self._q, self._k, self._v, self._mask, self._lengths())

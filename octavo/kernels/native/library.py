@@ -1,9 +1,12 @@
 """C for CPUs, compiled once on the machine where it runs and kept in the user's cache.
 
-An operator's C stands beside its other bodies (`native.c`), and what operators share in the headers
-beside this file. It takes pointers and sizes, and knows nothing of torch: one file compiles in
-about a second, with whatever C compiler there is, for every version of torch and Python. Threads
-are those of torch: the OpenMP that torch has loaded serves both.
+An operator's C stands beside its other implementations (`native.c`), and what operators share in
+the headers beside this file. It takes pointers and sizes, and knows nothing of torch: one file
+compiles in about a second, with whatever C compiler there is, for every version of torch and
+Python. Threads are those of torch: the OpenMP that torch has loaded serves both.
+
+What is loaded runs with this user's rights, so the cache folder is made for this user alone, and a
+library that others may write to is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,12 @@ import torch
 from filelock import FileLock
 
 from octavo.core.errors import OctavoWarning, UnsupportedError
-from octavo.core.files import atomic_path
+from octavo.core.files import atomic_path, others_may_write, private_folder
 from octavo.core.machine import cpu_flags
+from octavo.core.progress import NoProgress, Progress
 from octavo.kernels.dispatch.store import cache_folder
 
-__all__ = ["FLOAT", "INT", "POINTER", "SIZE", "Library", "pointer", "threads_for"]
+__all__ = ["FLOAT", "INT", "POINTER", "SIZE", "Library", "pointer", "prepare", "threads_for"]
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_ssize_t
 INT, FLOAT = ctypes.c_int, ctypes.c_float
@@ -54,14 +59,17 @@ class Library:
     Args:
         source: the file.
         functions: name -> types of its arguments; none returns anything.
+        includes: other files of ours that it includes, besides the headers of this folder.
     """
 
-    def __init__(self, source: Path, functions: Mapping[str, Sequence[Any]]) -> None:
-        self.source, self.functions = source, functions
+    def __init__(
+        self, source: Path, functions: Mapping[str, Sequence[Any]], includes: Sequence[Path] = ()
+    ) -> None:
+        self.source, self.functions, self.includes = source, functions, tuple(includes)
         self._loaded: ctypes.CDLL | None = None
         self._reason: str | None = None
 
-    def why_not(self) -> str:
+    def reason(self) -> str:
         """Why it cannot be called here, or nothing; compiles it the first time it is asked."""
         if self._reason is None:
             try:
@@ -71,13 +79,18 @@ class Library:
                 self._reason = str(error)
         return self._reason
 
+    @property
+    def pending(self) -> bool:
+        """Whether nobody has asked for it yet in this process."""
+        return self._reason is None
+
     # torch.compile takes the answer as it is while it traces: see int8_gemm/int_mm.py
-    why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.functions:
             raise AttributeError(f"{self.source.name} has no function {name!r}")
-        reason = self.why_not()
+        reason = self.reason()
         if reason:
             raise UnsupportedError(reason)
         function = getattr(self._loaded, name)
@@ -85,10 +98,16 @@ class Library:
         return function
 
     def _load(self) -> ctypes.CDLL:
-        reason = why_not_here()
+        reason = reason_here()
         if reason:
             raise UnsupportedError(reason)
-        path = _compiled(self.source)
+        path = _compiled(self.source, self.includes)
+        for place in (path, path.parent, cache_folder()):
+            if others_may_write(place):
+                raise _told(
+                    f"{place} can be written by others, so what it holds is not run; change its "
+                    "owner or mode (chmod 700), or set OCTAVO_CACHE_DIR to a folder of your own"
+                )
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
@@ -103,7 +122,7 @@ class Library:
 
 
 @functools.cache
-def why_not_here() -> str:
+def reason_here() -> str:
     """Why no C can run here, or nothing."""
     if os.environ.get("OCTAVO_NATIVE") == "0":
         return "OCTAVO_NATIVE is 0"
@@ -111,7 +130,7 @@ def why_not_here() -> str:
     if sys.platform != "linux" or missing:
         return "this processor has no AVX-512 VNNI, or the system does not say so"
     if _compiler() is None:
-        return "there is no C compiler; install gcc, or set CC"
+        return str(_told("there is no C compiler; install gcc, or set CC"))
     return ""
 
 
@@ -122,11 +141,30 @@ def _compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def _compiled(source: Path) -> Path:
+def prepare(libraries: Sequence[Library], progress: Progress | None = None) -> None:
+    """Compiles libraries now, and not when a model is first called.
+
+    Args:
+        libraries: that a model will use; those that cannot be had here are left out.
+        progress: where to show progress, where anything has to be compiled.
+    """
+    wanted = [one for one in dict.fromkeys(libraries) if one.pending]
+    if not wanted or reason_here():
+        return
+    shown = progress or NoProgress()
+    with (
+        shown.task("Compiling C for this processor", len(wanted)) as advance,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for _ in pool.map(Library.reason, wanted):
+            advance(1)
+
+
+def _compiled(source: Path, includes: Sequence[Path] = ()) -> Path:
     """The shared library of a C file, from the cache where this source was compiled before."""
-    compiler = str(_compiler())  # `why_not_here` has seen that there is one
+    compiler = str(_compiler())  # `reason_here` has seen that there is one
     digest = hashlib.sha256()
-    parts = [path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h")))]
+    parts = [path.read_bytes() for path in (source, *includes, *sorted(HEADERS.glob("*.h")))]
     flags = (*FLAGS, *_optional_flags(compiler))
     for part in (*parts, " ".join(flags).encode()):
         digest.update(part + b"\0")
@@ -134,11 +172,12 @@ def _compiled(source: Path) -> Path:
     folder = cache_folder() / "native"
     library = folder / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:16]}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         with FileLock(library.with_suffix(".lock")):
             if not library.is_file():
                 with atomic_path(library) as unfinished:
                     _compile(compiler, flags, source, unfinished)
+                library.chmod(0o700)
     except OSError as error:
         raise _told(
             f"compiled C cannot be kept in {folder} ({error}); set OCTAVO_CACHE_DIR to a folder "

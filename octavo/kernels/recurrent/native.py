@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from octavo.kernels.dispatch.select import asked_backend
 from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.native.library import INT, POINTER, SIZE, Library, pointer, threads_for
-from octavo.kernels.recurrent.weights import QMAX, Way, derived
+from octavo.kernels.recurrent.weights import QMAX, Derived, Inputs
 
-if TYPE_CHECKING:
-    from octavo.kernels.recurrent.weights import Inputs
-
-__all__ = ["steps", "why_not"]
+__all__ = ["gru_steps", "lstm_steps", "reason"]
 
 CACHED = 1 << 18
 """Sums of an input's product that are made at a time, and so stay in a cache."""
@@ -40,50 +36,53 @@ LIBRARY = Library(
 )
 
 
-def why_not(inputs: Inputs) -> str:
-    """Why the C cannot run these steps, or nothing."""
-    if inputs.codes.device.type != "cpu":
-        return f"the tensors are on {inputs.codes.device.type}"
-    if asked_backend() not in ("auto", "native"):
-        return f"{asked_backend()} was asked for"
-    if not inputs.codes.numel() or not inputs.weights.recurrent[0].numel():
+def reason(codes: torch.Tensor, *rest: Any) -> str:
+    """Why the C cannot run these time steps, or nothing."""
+    if codes.device.type != "cpu":
+        return f"the tensors are on {codes.device.type}"
+    recurrent = rest[2]
+    if not codes.numel() or not recurrent[0].values.numel():
         return "there is nothing to multiply"
     libraries = LIBRARY, native.LIBRARY, native_quantize.LIBRARY
-    return next((reason for one in libraries if (reason := one.why_not())), "")
+    return next((reason for one in libraries if (reason := one.reason())), "")
 
 
-def steps(
+def lstm_steps(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `schema.lstm_steps`; takes the fields of `Inputs` and the first states."""
+    inputs, (first, cell) = Inputs(*arguments[:5]), arguments[5:]
+    shape = (*inputs.codes.shape[1:3], inputs.recurrent[0].values.shape[1])
+    last_cell = inputs.scale.new_zeros(shape) if cell is None else cell.contiguous().clone()
+    return *_run(inputs, first, last_cell), last_cell
+
+
+def gru_steps(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `schema.gru_steps`; takes the fields of `Inputs` and the first state."""
+    return _run(Inputs(*arguments[:5]), arguments[5], None)
+
+
+def _run(
     inputs: Inputs, first: torch.Tensor | None, cell: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a layer.
-
-    Args:
-        inputs: of the layer.
-        first: hidden state before the first step, float32 [D, B, H]; None: zero.
-        cell: cell state before the first step, float32 [D, B, H], contiguous, updated; None: the
-            layer is a GRU.
-
-    Returns:
-        hidden states float32 [T, D, B, H] (0 beyond a row's end), and each row's last one,
-        float32 [D, B, H].
-    """
+    """Hidden states, and each row's last one; the cell state is updated, and None of a GRU."""
     count, directions, batch, _ = inputs.codes.shape
-    size = inputs.weights.recurrent[0].shape[1]
+    size = inputs.recurrent[0].values.shape[1]
     sizes = None if inputs.sizes is None else inputs.sizes.contiguous()
     new, zeros = inputs.scale.new_empty, inputs.scale.new_zeros
     states = (new if sizes is None else zeros)(count, directions, batch, size)
     hidden = zeros(directions, batch, size) if first is None else first.contiguous().clone()
-    own = derived(inputs.weights)
-    for index, way in enumerate(own.ways(inputs.weights)):
+    own = inputs.derived
+    for direction, panels in enumerate(own.panels(inputs.recurrent)):
         codes, limits = inputs.codes.new_zeros(2, batch, size), None
         if first is not None:
-            limits = _first_codes(first[index], codes[0], cell is None)
-        threads = threads_for(batch * way.panels.numel(), WORTH_A_THREAD)
-        for start, end, rows, gates in _chunks(inputs, index, way):
+            limits = _first_codes(first[direction], codes[0], cell is None)
+        scale = own.recurrent_scale[direction]
+        bias = None if own.recurrent_bias is None else own.recurrent_bias[direction]
+        threads = threads_for(batch * panels.numel(), WORTH_A_THREAD)
+        for start, end, rows, gates in _chunks(inputs, direction, own):
             LIBRARY.octavo_recurrent_steps(
                 *(gates.data_ptr(), rows, start, end, pointer(sizes)),
-                *(index, directions, batch, size),
-                *(way.panels.data_ptr(), way.scale.data_ptr(), pointer(way.bias), pointer(limits)),
+                *(direction, directions, batch, size),
+                *(panels.data_ptr(), scale.data_ptr(), pointer(bias), pointer(limits)),
                 *(codes.data_ptr(), hidden.data_ptr(), pointer(cell), states.data_ptr(), threads),
             )
     return states, hidden
@@ -100,23 +99,25 @@ def _first_codes(hidden: torch.Tensor, codes: torch.Tensor, is_gru: bool) -> tor
     return limit
 
 
-def _chunks(inputs: Inputs, index: int, way: Way) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+def _chunks(
+    inputs: Inputs, direction: int, own: Derived
+) -> Iterator[tuple[int, int, int, torch.Tensor]]:
     """First step, step after the last, rows, and gates [steps, rows, N], overwritten later."""
     count, _, batch, _ = inputs.codes.shape
-    codes, scale = inputs.codes.select(1, index), inputs.scale.select(1, index)
-    width = len(way.input)
+    codes, scale = inputs.codes.select(1, direction), inputs.scale.select(1, direction)
+    weight = inputs.input[direction].values.contiguous()
+    by, bias = own.input_scale[direction], own.input_bias[direction]
+    width = len(weight)
     most = min(count, -(-CACHED // (width * batch)))
     gates = scale.new_empty(most * batch, width)
     for start in range(0, count, most):
         end, rows = min(start + most, count), batch
         if inputs.sizes is not None:
             rows = int(inputs.sizes[start])
-        some, by = codes, scale
+        some, scales = codes, scale
         if end - start < count or rows < batch:
-            some, by = codes[start:end, :rows], scale[start:end, :rows]
-        some, by = some.contiguous(), by.contiguous()
+            some, scales = codes[start:end, :rows], scale[start:end, :rows]
+        some, scales = some.contiguous(), scales.contiguous()
         threads = threads_for(some.numel() * width // PER_INPUT, WORTH_A_THREAD)
-        native.product(
-            some, way.input, by, way.input_scale, way.input_bias, "none", gates, threads=threads
-        )
+        native.product(some, weight, scales, by, bias, "none", gates, threads=threads)
         yield start, end, rows, gates

@@ -1,4 +1,4 @@
-"""What the steps of an INT8 LSTM or GRU layer need of its weights, computed once on a CPU.
+"""What the time steps of an INT8 LSTM or GRU layer need of its weights, computed once on a CPU.
 
 A sequence of a few steps takes less time than the joining of scales, let alone the reordering of
 weights.
@@ -8,65 +8,50 @@ weights.
 
 import functools
 import warnings
-import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from octavo.kernels.common.packed import packed
 from octavo.kernels.int8_gemm import native
+from octavo.quant.weights import QuantizedWeight
 
-__all__ = [
-    "Derived",
-    "Inputs",
-    "Way",
-    "Weights",
-    "derived",
-    "gate_panels",
-    "packed_product",
-    "packing_is_exact",
-    "reordered",
-]
+__all__ = ["Derived", "Inputs", "packed_product", "packing_is_exact", "reordered"]
 
 QMAX = 127.0
 SHIFT = 1.5 * 2**23
 """Added to a float32, it rounds it half to even and leaves the integer in its lowest bits."""
+Weights = tuple[QuantizedWeight, ...]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A layer's buffers, one of each a direction; N is 4H for an LSTM and 3H for a GRU.
+class Inputs(NamedTuple):
+    """A layer's quantized input and weights; D directions, the second one's steps in reverse.
+
+    Gates are i, f, g, o of an LSTM and r, z, n of a GRU; N is 4H or 3H.
 
     Attributes:
-        input: codes, int8 [N, K].
-        input_scale: float32 [N].
-        input_bias: floating [N]; no bias at all: empty.
-        recurrent: codes, int8 [N, H].
-        recurrent_scale: float32 [N].
-        recurrent_bias: floating [N]; no bias at all: empty.
+        codes: of the input, int8 [T, D, B, K].
+        scale: of the input, float32 [T, D, B].
+        input: weights of the input of each direction, int8 [N, K], with their bias or none.
+        recurrent: weights of the hidden state of each direction, int8 [N, H], likewise.
+        sizes: how many of the B rows each step has, int64 [T] on the CPU, never growing; None:
+            all of them.
     """
 
-    input: Sequence[torch.Tensor]
-    input_scale: Sequence[torch.Tensor]
-    input_bias: Sequence[torch.Tensor]
-    recurrent: Sequence[torch.Tensor]
-    recurrent_scale: Sequence[torch.Tensor]
-    recurrent_bias: Sequence[torch.Tensor]
-
-    def flat(self) -> tuple[Sequence[torch.Tensor], ...]:
-        """The fields, as operators take them."""
-        return (
-            self.input, self.input_scale, self.input_bias,
-            self.recurrent, self.recurrent_scale, self.recurrent_bias,
-        )  # fmt: skip
+    codes: torch.Tensor
+    scale: torch.Tensor
+    input: Weights
+    recurrent: Weights
+    sizes: torch.Tensor | None
 
     @property
     def is_gru(self) -> bool:
         """By the count of gates."""
-        return self.recurrent[0].shape[0] == 3 * self.recurrent[0].shape[1]
+        n, size = self.recurrent[0].values.shape
+        return n == 3 * size
 
     @property
     def span(self) -> float:
@@ -78,40 +63,30 @@ class Weights:
         """See `span`."""
         return -QMAX if self.is_gru else 0.0
 
-
-@dataclass(frozen=True)
-class Way:
-    """One direction of `Derived` and `Weights`, as C takes it.
-
-    Attributes:
-        input: codes, int8 [N, K].
-        input_scale: float32 [N].
-        input_bias: float32 [N].
-        panels: of the recurrent codes, see `gate_panels`.
-        scale: of the recurrent product, float32 [1, N].
-        bias: of the recurrent product, float32 [1, N]; None for an LSTM.
-    """
-
-    input: torch.Tensor
-    input_scale: torch.Tensor
-    input_bias: torch.Tensor
-    panels: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
+    @property
+    def derived(self) -> "Derived":
+        """What these weights lead to; kept on a CPU until one of them changes."""
+        first, *others = (
+            one
+            for weight in (*self.recurrent, *self.input)
+            for one in (weight.values, weight.scale, weight.bias)
+            if one is not None
+        )
+        return packed(first, "recurrent", lambda *_: _derive(self), *others)
 
 
 @dataclass
 class Derived:
     """Scales and biases of all directions, with the part of the tanh, the third gate, doubled.
 
-    Doubling is exact, and spares a step one operation: tanh(x) = 2 sigmoid(2 x) - 1.
+    Doubling is exact, and spares a time step one operation: tanh(x) = 2 sigmoid(2 x) - 1.
 
     Attributes:
         input_scale: float32 [D, N].
         input_bias: float32 [D, N]; for an LSTM the sum of both biases.
         recurrent_scale: of products with codes of hidden states in [-1, 1], float32 [D, 1, N].
         recurrent_bias: float32 [D, 1, N]; None for an LSTM.
-        shift: `Weights.low` and what rounds, float32 [].
+        shift: `Inputs.low` and what rounds, float32 [].
     """
 
     input_scale: torch.Tensor
@@ -119,116 +94,74 @@ class Derived:
     recurrent_scale: torch.Tensor
     recurrent_bias: torch.Tensor | None
     shift: torch.Tensor
-    _packed: list[Any] = field(default_factory=list)
-    _ways: list[Way] = field(default_factory=list)
+    _kept: dict[str, list[Any]] = field(default_factory=dict)
 
-    def ways(self, weights: Weights) -> list[Way]:
-        """What the C takes, made once."""
-        if not self._ways:
-            # assigned whole: another thread may look at the same time
-            self._ways = [self._way(weights, way) for way in range(len(weights.recurrent))]
-        return self._ways
+    def panels(self, recurrent: Weights) -> list[torch.Tensor]:
+        """The recurrent weights of each direction in the order of int8_gemm's C, made once.
 
-    def _way(self, weights: Weights, way: int) -> Way:
-        return Way(
-            weights.input[way].contiguous(),
-            self.input_scale[way],
-            self.input_bias[way],
-            gate_panels(weights.recurrent[way]),
-            self.recurrent_scale[way],
-            None if self.recurrent_bias is None else self.recurrent_bias[way],
-        )
+        Each gate is filled up to whole panels: uint8 [gates * ceil(H / 32), ceil(H / 4), 32 * 4].
+        """
+        return self._made("panels", recurrent, lambda weight, _: _gate_panels(weight.values))
 
-    def packed(self, weights: Weights) -> list[Any]:
-        """FBGEMM's form of the recurrent weights with their scales and biases, made once.
+    def for_fbgemm(self, recurrent: Weights, span: float) -> list[Any]:
+        """FBGEMM's packing of the recurrent weights with their scales and biases, made once.
 
         A GRU's hidden states h are held as (h + 1) / 2, whose codes are 127 too large; the bias
         takes that back.
         """
-        if not self._packed:
+
+        def pack(weight: QuantizedWeight, direction: int) -> Any:
+            codes, scale, bias = weight.values, self.recurrent_scale[direction, 0], None
+            if self.recurrent_bias is not None:
+                excess = QMAX * codes.sum(1, dtype=torch.int64).double() * scale.double()
+                bias = (self.recurrent_bias[direction, 0].double() - excess).float()
+            return reordered(codes, scale * span, bias)
+
+        return self._made("fbgemm", recurrent, pack)
+
+    def _made(
+        self, name: str, weights: Weights, make: Callable[[QuantizedWeight, int], Any]
+    ) -> list[Any]:
+        if name not in self._kept:
             # assigned whole: another thread may look at the same time
-            self._packed = [self._pack(weights, way) for way in range(len(weights.recurrent))]
-        return self._packed
-
-    def _pack(self, weights: Weights, way: int) -> Any:
-        codes, scale, bias = weights.recurrent[way], self.recurrent_scale[way, 0], None
-        if self.recurrent_bias is not None:
-            excess = QMAX * codes.sum(1, dtype=torch.int64).double() * scale.double()
-            bias = (self.recurrent_bias[way, 0].double() - excess).float()
-        return reordered(codes, scale * weights.span, bias)
+            self._kept[name] = [make(one, direction) for direction, one in enumerate(weights)]
+        return self._kept[name]
 
 
-_Stamp = list[tuple["weakref.ref[torch.Tensor]", int]]
-_known: MutableMapping[torch.Tensor, tuple[_Stamp, Derived]] = WeakTensorKeyDictionary()
-"""The first recurrent weights of a layer -> which buffers there were, and what came of them."""
-
-
-def derived(weights: Weights) -> Derived:
-    """What these weights lead to; remembered on a CPU until a buffer is replaced or changed.
-
-    Tensors of inference mode have no version that would tell of a change, so nothing is remembered
-    of them; nor of tensors on a GPU, whose memory may belong to a CUDA graph.
-    """
-    buffers = [buffer for kind in weights.flat() for buffer in kind]
-    known = _known.get(weights.recurrent[0])
-    if known is not None and _is_of(known[0], buffers):
-        return known[1]
-    if any(buffer.is_inference() or buffer.device.type != "cpu" for buffer in buffers):
-        return _derive(weights)
-    # versions first: a change while this computes is then seen by the next call
-    stamp: _Stamp = [(weakref.ref(buffer), buffer._version) for buffer in buffers]
-    with torch.inference_mode():
-        made = _derive(weights)
-    _known[weights.recurrent[0]] = stamp, made
-    return made
-
-
-def _is_of(stamp: _Stamp, buffers: Sequence[torch.Tensor]) -> bool:
-    return len(stamp) == len(buffers) and all(
-        known() is buffer and version == buffer._version
-        for (known, version), buffer in zip(stamp, buffers, strict=True)
-    )
-
-
-def _derive(weights: Weights) -> Derived:
-    n, size = weights.recurrent[0].shape
-    factor = weights.recurrent_scale[0].new_ones(n // size, size)
+def _derive(inputs: Inputs) -> Derived:
+    n, size = inputs.recurrent[0].values.shape
+    factor = inputs.recurrent[0].scale.new_ones(n // size, size)
     factor[2] = 2
     factor = factor.flatten()
 
-    def joined(ways: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([way.float() for way in ways]) * factor
+    def joined(directions: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        return torch.stack([one.float() for one in directions if one is not None]) * factor
 
-    input_scale = joined(weights.input_scale)
+    input_scale = joined([one.scale for one in inputs.input])
     bias, other = torch.zeros_like(input_scale), torch.zeros_like(input_scale)
-    if weights.input_bias:
-        bias, other = joined(weights.input_bias), joined(weights.recurrent_bias)
+    if inputs.input[0].bias is not None:
+        bias = joined([one.bias for one in inputs.input])
+        other = joined([one.bias for one in inputs.recurrent])
     return Derived(
         input_scale,
-        bias if weights.is_gru else bias + other,
-        joined(weights.recurrent_scale).unsqueeze(1) / QMAX,
+        bias if inputs.is_gru else bias + other,
+        joined([one.scale for one in inputs.recurrent]).unsqueeze(1) / QMAX,
         # on its own, for the reset gate multiplies it
-        other.unsqueeze(1) if weights.is_gru else None,
-        factor.new_full((), SHIFT + weights.low),
+        other.unsqueeze(1) if inputs.is_gru else None,
+        factor.new_full((), SHIFT + inputs.low),
     )
 
 
-def gate_panels(codes: torch.Tensor) -> torch.Tensor:
-    """Recurrent weights in the order of int8_gemm's C, each gate filled up to whole panels.
-
-    Args:
-        codes: int8 [gates * H, H].
-
-    Returns:
-        codes plus 128, uint8 [gates * ceil(H / 32), ceil(H / 4), 32 * 4].
-    """
+def _gate_panels(codes: torch.Tensor) -> torch.Tensor:
     n, size = codes.shape
     gates = codes.view(n // size, size, size)
-    return native.panels(functional.pad(gates, (0, 0, 0, -size % native.PANEL)).flatten(0, 1))
+    return native.packed_panels(
+        functional.pad(gates, (0, 0, 0, -size % native.PANEL)).flatten(0, 1)
+    )
 
 
 def reordered(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """A weight in FBGEMM's order; making it takes as long as many steps.
+    """A weight in FBGEMM's order; making it takes as long as many time steps.
 
     Args:
         weight: int8 [N, K].
@@ -272,27 +205,3 @@ def packing_is_exact() -> bool:
             if not torch.equal(found.double(), x.double() @ w.double().T):
                 return False
     return True
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A layer's quantized input and weights; D directions, the second one's steps in reverse.
-
-    Gates are i, f, g, o of an LSTM and r, z, n of a GRU.
-
-    Attributes:
-        codes: of the input, int8 [T, D, B, K].
-        scale: of the input, float32 [T, D, B].
-        weights: of the layer.
-        sizes: how many of the B rows each step has, int64 [T] on the CPU, never growing; None:
-            all of them.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    weights: Weights
-    sizes: torch.Tensor | None
-
-    def flat(self) -> tuple[object, ...]:
-        """The fields, as operators take them."""
-        return self.codes, self.scale, *self.weights.flat(), self.sizes

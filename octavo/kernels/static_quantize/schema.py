@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dispatch.tracing import is_inlined
+from octavo.kernels.common.epilogue import FLOATS
+from octavo.kernels.dispatch.operator import Operator, compiled_inline
+from octavo.kernels.dispatch.select import Implementation, triton_reason
 from octavo.kernels.static_quantize import reference
 
 __all__ = ["static_quantize"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def static_quantize(
@@ -36,6 +35,16 @@ def static_quantize(
         InputError: a wrong dtype, shape or device.
         UnsupportedError: the backend asked for cannot run this.
     """
+    if scale.ndim == 0 and x.ndim == 4 and not x.is_contiguous():
+        last = x.permute(0, 2, 3, 1)
+        if last.is_contiguous():
+            found: torch.Tensor = OPERATOR(last, scale, zero_point, backend=backend)
+            return found.permute(0, 3, 1, 2)
+    result: torch.Tensor = OPERATOR(x, scale, zero_point, backend=backend)
+    return result
+
+
+def _check(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> None:
     if x.dtype not in FLOATS:
         raise InputError(f"x is {x.dtype}; static_quantize takes float16, bfloat16 or float32")
     if x.ndim == 0:
@@ -49,37 +58,14 @@ def static_quantize(
         raise InputError(f"scale is on {scale.device} and x on {x.device}; move one of them")
     if not -128 <= zero_point <= 127:
         raise InputError(f"zero_point is {zero_point}; an int8 code is from -128 to 127")
-    if scale.ndim == 0 and x.ndim == 4 and not x.is_contiguous():
-        last = x.permute(0, 2, 3, 1)
-        if last.is_contiguous():
-            return _quantize(last, scale, zero_point, backend).permute(0, 3, 1, 2)
-    return _quantize(x, scale, zero_point, backend)
 
 
-def _quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, backend: str) -> torch.Tensor:
-    if is_inlined(x, backend):
+def _inline(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: int, backend: str
+) -> torch.Tensor | None:
+    if compiled_inline(x, backend):
         return reference.static_quantize(x, scale, zero_point)
-    call = _run if is_plain_call(x, scale) else torch.ops.octavo.static_quantize
-    codes: torch.Tensor = call(x, scale, zero_point, backend)
-    return codes
-
-
-def _run(x: torch.Tensor, scale: torch.Tensor, zero_point: int, backend: str) -> torch.Tensor:
-    codes: torch.Tensor = run("static_quantize", _BODIES, backend, (x, scale, zero_point))
-    return codes
-
-
-_operator = torch.library.custom_op(
-    "octavo::static_quantize",
-    _run,
-    mutates_args=(),
-    schema="(Tensor x, Tensor scale, int zero_point, str backend) -> Tensor",
-)
-
-
-@_operator.register_fake
-def _fake(x: torch.Tensor, scale: torch.Tensor, zero_point: int, backend: str) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
+    return None
 
 
 def _triton(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
@@ -88,7 +74,13 @@ def _triton(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tens
     return triton.static_quantize(x, scale, zero_point)
 
 
-_BODIES = (
-    Body("triton", lambda x, *_: why_not_triton(x), _triton),
-    Body("reference", lambda *_: "", reference.static_quantize, role="last"),
+OPERATOR = Operator(
+    "static_quantize",
+    _check,
+    (
+        Implementation("triton", lambda x, *_: triton_reason(x), _triton),
+        Implementation("reference", lambda *_: "", reference.static_quantize, "last"),
+    ),
+    lambda x, *_: x.new_empty(x.shape, dtype=torch.int8),
+    inline=_inline,
 )

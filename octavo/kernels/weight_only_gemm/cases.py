@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional
 
 from octavo.kernels.cases import LINEAR_LAYERS, SHORT, Call, Case, by_importance, inductor
-from octavo.kernels.weight_only_gemm.reference import Weight
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
+from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
+__all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes", "weight_of"]
 
 AXES = "MxNxK"
 BACKENDS = ("triton", "dequantize")
@@ -78,17 +78,22 @@ def _case(
     )
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
-    """Float linear layers with the weights that the codes stand for."""
-    m, n, k = case.shape
-    weight = Weight(
+def weight_of(arguments: Mapping[str, Any], k: int) -> QuantizedWeight:
+    """The weight [N, k] that a case multiplies with, its values not packed."""
+    weight = QuantizedWeight(
         arguments["w_packed"],
         arguments["scale"],
         arguments.get("zero_point"),
-        arguments["bits"],
-        arguments["group_size"],
+        bits=arguments["bits"],
+        group_size=arguments["group_size"],
     )
-    w = weight.dequantize(k).to(case.dtype)
+    return weight.unpacked(k)
+
+
+def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
+    """Float linear layers with the weights that the codes stand for."""
+    m, n, k = case.shape
+    w = weight_of(arguments, k).dequantize().to(case.dtype)
     x = arguments["x"]
 
     def linear() -> torch.Tensor:

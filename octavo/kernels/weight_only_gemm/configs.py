@@ -6,16 +6,16 @@ import itertools
 import math
 from collections.abc import Iterator
 
-__all__ = ["candidates", "config"]
+__all__ = ["candidates", "default_config"]
 
-Tiles = dict[str, int]
+Config = dict[str, int]
 
 SLICES = 264
 """Programs that keep the memory of a large GPU busy, two for each of its processors."""
 MOST_CANDIDATES = 30
 
 
-def config(
+def default_config(
     m: int,
     n: int,
     k: int,
@@ -24,7 +24,7 @@ def config(
     group_size: int | None = None,
     itemsize: int = 2,
     fast: bool = True,
-) -> Tiles:
+) -> Config:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     Args:
@@ -60,15 +60,15 @@ def candidates(
     group_size: int | None = None,
     itemsize: int = 2,
     fast: bool = True,
-) -> Iterator[Tiles]:
+) -> Iterator[Config]:
     """Tile sizes worth measuring for a shape, at most 30, those most likely to win first.
 
     Takes the arguments and yields the fields of `config`.
     """
     rows = _for_one_row(n, k, bits) if fast and m <= 4 else iter(())
-    tiles = _for_several_rows(m, n, k, group_size, itemsize)
+    config = _for_several_rows(m, n, k, group_size, itemsize)
     # up to 20 for a row, so that both kernels are tried where both can win
-    found = itertools.chain(itertools.islice(rows, 20), tiles)
+    found = itertools.chain(itertools.islice(rows, 20), config)
     seen: set[tuple[int, ...]] = set()
     for one in found:
         key = tuple(one.values())
@@ -79,7 +79,7 @@ def candidates(
             return
 
 
-def _for_one_row(n: int, k: int, bits: int) -> Iterator[Tiles]:
+def _for_one_row(n: int, k: int, bits: int) -> Iterator[Config]:
     for warps, block_n in itertools.product((4, 2, 8, 1), (8, 4, 2, 16)):
         one = _gemv(n, k, bits, block_n, warps)
         yield one
@@ -89,7 +89,7 @@ def _for_one_row(n: int, k: int, bits: int) -> Iterator[Tiles]:
 
 def _for_several_rows(
     m: int, n: int, k: int, group_size: int | None, itemsize: int
-) -> Iterator[Tiles]:
+) -> Iterator[Config]:
     most = max(16, min(128, _power_of_2(m)))
     shapes = [(64, 128, 4), (128, 64, 8), (64, 256, 4)]
     if most < 64:  # wgmma, which pays for many rows, takes 64 channels
@@ -105,7 +105,7 @@ def _for_several_rows(
                 yield {**one, "SPLIT_K": split, "num_stages": stages}
 
 
-def _gemv(n: int, k: int, bits: int, block_n: int = 8, warps: int = 4) -> Tiles:
+def _gemv(n: int, k: int, bits: int, block_n: int = 8, warps: int = 4) -> Config:
     chunks = math.ceil(k * bits / 128)
     warps = min(warps, _power_of_2(math.ceil(chunks / 32)))
     while block_n > 4 and math.ceil(n / block_n) < SLICES:
@@ -125,7 +125,7 @@ def _gemv(n: int, k: int, bits: int, block_n: int = 8, warps: int = 4) -> Tiles:
     }
 
 
-def _gemm(m: int, n: int, k: int, block_m: int, block_n: int, block_k: int, warps: int) -> Tiles:
+def _gemm(m: int, n: int, k: int, block_m: int, block_n: int, block_k: int, warps: int) -> Config:
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
     steps = math.ceil(k / block_k)
     split = 1

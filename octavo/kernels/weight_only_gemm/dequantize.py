@@ -11,21 +11,22 @@ import math
 
 import torch
 
-from octavo.kernels.weight_only_gemm.reference import Epilogue, Weight
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["weight_only_gemm", "why_not"]
+__all__ = ["reason", "weight_only_gemm"]
 
 
-def why_not(x: torch.Tensor, weight: Weight, *_: object) -> str:
+def reason(x: torch.Tensor, weight: QuantizedWeight, *_: object) -> str:
     """Why these cannot be multiplied as floats, or nothing."""
-    if not x.numel() or not weight.packed.numel():
+    if not x.numel() or not weight.values.numel():
         return "there is nothing to multiply"
     if x.device.type not in ("cpu", "cuda"):
         return f"the tensors are on {x.device.type}"
     return ""
 
 
-def weight_only_gemm(x: torch.Tensor, weight: Weight, epilogue: Epilogue) -> torch.Tensor:
+def weight_only_gemm(x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue) -> torch.Tensor:
     """See `schema.weight_only_gemm`."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     w = _floats(weight, rows)
@@ -35,14 +36,14 @@ def weight_only_gemm(x: torch.Tensor, weight: Weight, epilogue: Epilogue) -> tor
         y = rows.float() @ w.float().T
     if weight.group_size is None:
         y.mul_(weight.scale)
-    return epilogue(y.reshape(*x.shape[:-1], len(w)), x.dtype)
+    return epilogue(y.reshape(*x.shape[:-1], len(w)))
 
 
-def _floats(weight: Weight, rows: torch.Tensor) -> torch.Tensor:
+def _floats(weight: QuantizedWeight, rows: torch.Tensor) -> torch.Tensor:
     """[N, K] of the type of the rows, without the scale where a channel has a single one."""
-    k, n = rows.shape[1], len(weight.packed)
+    k, n = rows.shape[1], len(weight.values)
     groups = weight.scale.numel() // n
-    w = weight.codes(k).to(rows.dtype).reshape(n, groups, k // groups)
+    w = weight.unpacked(k).values.to(rows.dtype).reshape(n, groups, k // groups)
     if weight.zero_point is not None:
         w.sub_(weight.zero_point.to(rows.dtype).reshape(n, groups, 1))
     if weight.group_size is not None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import ACTIVATIONS, FLOATS, MOST_ROWS
-from octavo.kernels.dispatch.select import Body, is_plain_call, run, why_not_triton
-from octavo.kernels.dispatch.tuning import size_bucket
+from octavo.kernels.common.epilogue import FLOATS, MOST_ROWS, Epilogue, check_epilogue, check_tensor
+from octavo.kernels.dispatch.autotune import size_bucket
+from octavo.kernels.dispatch.operator import Operator
+from octavo.kernels.dispatch.select import Implementation, triton_reason
 from octavo.kernels.weight_only_gemm import dequantize, reference
+from octavo.quant.weights import QuantizedWeight
 
 __all__ = ["weight_only_gemm"]
 
@@ -66,32 +67,31 @@ def weight_only_gemm(
         InputError: a wrong dtype, shape, device or option.
         UnsupportedError: the backend asked for cannot run this.
     """
-    if activation not in ACTIVATIONS:
-        raise InputError(
-            f"activation {activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
-        )
-    if bits not in BITS:
-        raise InputError(f"bits is {bits}; weight_only_gemm takes 8, 4, 3 or 2")
+    weight = QuantizedWeight(w_packed, scale, zero_point, None, bits, 0, group_size)
+    epilogue = Epilogue(None, None, bias, residual, None, activation, x.dtype)
+    result: torch.Tensor = OPERATOR(x, weight, epilogue, backend=backend)
+    return result
+
+
+def _check(x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue) -> None:
+    if weight.bits not in BITS:
+        raise InputError(f"bits is {weight.bits}; weight_only_gemm takes 8, 4, 3 or 2")
     if x.dtype not in FLOATS or not x.ndim:
         raise InputError(
             f"x is {x.dtype} {list(x.shape)}; it must be float16, bfloat16 or float32 [..., K]"
         )
-    _check_codes(x, w_packed, bits, asymmetric=zero_point is not None)
-    n, k = w_packed.shape[0], x.shape[-1]
-    if group_size is not None and (group_size < 1 or k % group_size):
-        raise InputError(f"group_size {group_size} does not divide K, which is {k}")
-    shape = (n,) if group_size is None else (n, k // group_size)
-    _check("scale", scale, shape, x, FLOATS)
-    _check("zero_point", zero_point, shape, x, (torch.uint8,))
-    _check("bias", bias, (n,), x, FLOATS)
-    _check("residual", residual, (*x.shape[:-1], n), x, FLOATS)
-    tensors = (x, w_packed, scale, zero_point, bias, residual)
-    call = _run if is_plain_call(*tensors) else torch.ops.octavo.weight_only_gemm
-    result: torch.Tensor = call(*tensors, bits, group_size, activation, backend)
-    return result
+    _check_values(x, weight)
+    n, k, size = len(weight.values), x.shape[-1], weight.group_size
+    if size is not None and (size < 1 or k % size):
+        raise InputError(f"group_size {size} does not divide K, which is {k}")
+    shape = (n,) if size is None else (n, k // size)
+    check_tensor("scale", weight.scale, [shape], x)
+    check_tensor("zero_point", weight.zero_point, [shape], x, (torch.uint8,))
+    check_epilogue(epilogue, x, scales_x=[()], n=n, result=(*x.shape[:-1], n))
 
 
-def _check_codes(x: torch.Tensor, w_packed: torch.Tensor, bits: int, asymmetric: bool) -> None:
+def _check_values(x: torch.Tensor, weight: QuantizedWeight) -> None:
+    w_packed, bits, asymmetric = weight.values, weight.bits, weight.zero_point is not None
     dtype = torch.int8 if bits == 8 and not asymmetric else torch.uint8
     if w_packed.dtype != dtype:
         kind = "with" if asymmetric else "without"
@@ -109,85 +109,28 @@ def _check_codes(x: torch.Tensor, w_packed: torch.Tensor, bits: int, asymmetric:
         raise InputError(f"w_packed is on {w_packed.device} and x on {x.device}; move one of them")
 
 
-def _check(
-    name: str,
-    value: torch.Tensor | None,
-    shape: tuple[int, ...],
-    x: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    if value is None:
-        return
-    if tuple(value.shape) != shape or value.dtype not in dtypes:
-        kinds = " or ".join(str(dtype) for dtype in dtypes)
-        raise InputError(
-            f"{name} is {value.dtype} {list(value.shape)}; it must be {kinds} {list(shape)}"
-        )
-    if value.device != x.device:
-        raise InputError(f"{name} is on {value.device} and x on {x.device}; move one of them")
+def _fake(x: torch.Tensor, weight: QuantizedWeight, _: Epilogue) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.values.shape[0]))
 
 
-def _bind(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bits: int,
-    group_size: int | None,
-    activation: str,
-) -> tuple[torch.Tensor, reference.Weight, reference.Epilogue]:
-    """What bodies take, from the arguments of the registered operator."""
-    weight = reference.Weight(w, scale, zero_point, bits, group_size)
-    return x, weight, reference.Epilogue(bias, residual, activation)
-
-
-def _run(*arguments: Any) -> torch.Tensor:
-    *given, backend = arguments
-    result: torch.Tensor = run("weight_only_gemm", _BODIES, backend, _bind(*given), _kind)
-    return result
-
-
-_operator = torch.library.custom_op(
-    "octavo::weight_only_gemm",
-    _run,
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor w, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? residual, "
-        "int bits, int? group_size, str activation, str backend) -> Tensor"
-    ),
-)
-
-
-@_operator.register_fake
-def _fake(*arguments: Any) -> torch.Tensor:
-    x, weight, _ = _bind(*arguments[:-1])
-    return x.new_empty((*x.shape[:-1], weight.packed.shape[0]))
-
-
-def _triton(
-    x: torch.Tensor, weight: reference.Weight, epilogue: reference.Epilogue
-) -> torch.Tensor:
+def _triton(x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue) -> torch.Tensor:
     from octavo.kernels.weight_only_gemm import triton
 
     return triton.weight_only_gemm(x, weight, epilogue)
 
 
-def _why_not_triton(x: torch.Tensor, weight: reference.Weight, *_: object) -> str:
+def _triton_reason(x: torch.Tensor, weight: QuantizedWeight, *_: object) -> str:
     size = weight.group_size
     if size is not None and size % 32:
         return f"groups of {size} are not a multiple of 32"
     if math.prod(x.shape[:-1]) > MOST_ROWS:
         return f"it counts up to {MOST_ROWS} rows"
-    return why_not_triton(x, (8, 0))
+    return triton_reason(x, (8, 0))
 
 
-def _kind(
-    x: torch.Tensor, weight: reference.Weight, e: reference.Epilogue
-) -> tuple[object, ...] | None:
-    """What decides which body is the fastest; none for few rows, where one is known to be."""
-    n, k = len(weight.packed), x.shape[-1]
+def _bucket(x: torch.Tensor, weight: QuantizedWeight, e: Epilogue) -> tuple[object, ...] | None:
+    """What decides which implementation is the fastest; None for few rows, where it is known."""
+    n, k = len(weight.values), x.shape[-1]
     rows = x.numel() // k if k else 0
     if rows <= FEW:
         return None
@@ -204,8 +147,14 @@ def _kind(
     )
 
 
-_BODIES = (
-    Body("triton", _why_not_triton, _triton),
-    Body("reference", lambda *_: "", reference.weight_only_gemm, "last"),
-    Body("dequantize", dequantize.why_not, dequantize.weight_only_gemm, "measured"),
+OPERATOR = Operator(
+    "weight_only_gemm",
+    _check,
+    (
+        Implementation("triton", _triton_reason, _triton),
+        Implementation("reference", lambda *_: "", reference.weight_only_gemm, "last"),
+        Implementation("dequantize", dequantize.reason, dequantize.weight_only_gemm, "measured"),
+    ),
+    _fake,
+    bucket=_bucket,
 )

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: chooses tiles, lends the memory they need, fills arguments in."""
+"""Launches the Triton kernels: chooses a config, lends memory, fills arguments in."""
 
 # Triton's language only looks like Python:
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs
@@ -15,11 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.dispatch.tuning import best, size_bucket
-from octavo.kernels.weight_only_gemm.configs import candidates, config
-from octavo.kernels.weight_only_gemm.reference import Epilogue, Weight
+from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.dispatch.autotune import best_config, size_bucket
+from octavo.kernels.weight_only_gemm.configs import candidates, default_config
 from octavo.kernels.weight_only_gemm.triton_gemm import gather_kernel, gemm_kernel
 from octavo.kernels.weight_only_gemm.triton_gemv import gemv_kernel
+from octavo.quant.weights import QuantizedWeight
 
 __all__ = ["weight_only_gemm"]
 
@@ -35,7 +36,10 @@ WIDER = {2: torch.int32, 4: torch.int64}
 
 
 def weight_only_gemm(
-    x: torch.Tensor, weight: Weight, epilogue: Epilogue, tiles: Mapping[str, int] | None = None
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    epilogue: Epilogue,
+    config: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
     """See `schema.weight_only_gemm`.
 
@@ -43,27 +47,27 @@ def weight_only_gemm(
         x: floating [..., K].
         weight: [N, K].
         epilogue: what happens to the product.
-        tiles: fields of `tiles.config`, in its place, for tests.
+        config: fields of `default_config`, in its place, for tests.
     """
-    out = torch.empty(*x.shape[:-1], len(weight.packed), dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], len(weight.values), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if not rows.shape[1]:
-        return epilogue(torch.zeros(out.shape, dtype=torch.float32, device=x.device), x.dtype)
+        return epilogue(torch.zeros(out.shape, dtype=torch.float32, device=x.device))
     fast = _fast(weight, rows.shape[1])
     with torch.cuda.device_of(x):
         rows = _aligned(rows) if fast else rows
-        chosen = _choose(rows, weight, out, epilogue, fast) if tiles is None else tiles
+        chosen = _choose(rows, weight, out, epilogue, fast) if config is None else config
         _launch(rows, weight, out, epilogue, chosen, fast)
     return out
 
 
 def _choose(
-    rows: torch.Tensor, weight: Weight, out: torch.Tensor, epilogue: Epilogue, fast: bool
+    rows: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor, epilogue: Epilogue, fast: bool
 ) -> Mapping[str, int]:
-    """The tuned tiles, or those of the rule."""
-    (m, k), n = rows.shape, len(weight.packed)
+    """The tuned configuration, or that of the rule."""
+    (m, k), n = rows.shape, len(weight.values)
     m, size, bits, group = size_bucket(m), rows.element_size(), weight.bits, weight.group_size
     rule = _rule(m, n, k, bits, group, size, fast)
     form = "asymmetric" if weight.zero_point is not None else "symmetric"
@@ -72,31 +76,31 @@ def _choose(
     def others() -> Iterator[Mapping[str, int]]:
         return candidates(m, n, k, bits=bits, group_size=group, itemsize=size, fast=fast)
 
-    def run(tiles: Mapping[str, int]) -> torch.Tensor:
+    def run(config: Mapping[str, int]) -> torch.Tensor:
         result = torch.empty_like(out)
-        _launch(rows, weight, result, epilogue, tiles, fast)
+        _launch(rows, weight, result, epilogue, config, fast)
         return result
 
-    return best("weight_only_gemm", key, rows.device, rule, others, run)
+    return best_config("weight_only_gemm", key, rows.device, rule, others, run)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rule(
     m: int, n: int, k: int, bits: int, group: int | None, itemsize: int, fast: bool
 ) -> Mapping[str, int]:
-    return config(m, n, k, bits=bits, group_size=group, itemsize=itemsize, fast=fast)
+    return default_config(m, n, k, bits=bits, group_size=group, itemsize=itemsize, fast=fast)
 
 
 def _launch(
     rows: torch.Tensor,
-    weight: Weight,
+    weight: QuantizedWeight,
     out: torch.Tensor,
     epilogue: Epilogue,
-    tiles: Mapping[str, int],
+    config: Mapping[str, int],
     fast: bool,
 ) -> None:
     """Fills `out`, contiguous [..., N], from rows [M, K]; none is empty."""
-    m, n, split = len(rows), len(weight.packed), tiles["SPLIT_K"]
+    m, n, split = len(rows), len(weight.values), config["SPLIT_K"]
     partial = out
     if split > 1:
         partial = torch.empty(split, m, n, dtype=torch.float32, device=rows.device)
@@ -109,10 +113,10 @@ def _launch(
         "RESIDUAL": epilogue.residual is not None,
         "ACTIVATION": epilogue.activation,
     }
-    if tiles["BLOCK_M"] == 1:
-        _launch_gemv(rows, weight, partial, tiles, end)
+    if config["BLOCK_M"] == 1:
+        _launch_gemv(rows, weight, partial, config, end)
     else:
-        _launch_gemm(rows, weight, partial, tiles, fast, end)
+        _launch_gemm(rows, weight, partial, config, fast, end)
     if split > 1:
         block_m = min(16, triton.next_power_of_2(m))
         gather_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, 128))](
@@ -125,9 +129,9 @@ def _or(value: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if value is None else value.contiguous()
 
 
-def _fast(weight: Weight, k: int) -> bool:
+def _fast(weight: QuantizedWeight, k: int) -> bool:
     """Whether the codes can be read as vectors of 16 bytes."""
-    w = weight.packed
+    w = weight.values
     return (
         weight.bits in (8, 4)
         and k * weight.bits % 128 == 0
@@ -145,11 +149,11 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-def _meaning(weight: Weight, k: int) -> dict[str, Any]:
+def _meaning(weight: QuantizedWeight, k: int) -> dict[str, Any]:
     """The arguments that say what a code stands for."""
     group = weight.group_size
     return {
-        "zero_ptr": _or(weight.zero_point, weight.packed),
+        "zero_ptr": _or(weight.zero_point, weight.values),
         "GROUPS": k // group if group else 1,
         "BITS": weight.bits,
         "GROUP": group or 0,
@@ -159,13 +163,13 @@ def _meaning(weight: Weight, k: int) -> dict[str, Any]:
 
 def _launch_gemv(
     rows: torch.Tensor,
-    weight: Weight,
+    weight: QuantizedWeight,
     out: torch.Tensor,
     chosen: Mapping[str, int],
     end: dict[str, Any],
 ) -> None:
-    (m, k), n = rows.shape, len(weight.packed)
-    x, w = rows.view(torch.int64), weight.packed.view(torch.int32)
+    (m, k), n = rows.shape, len(weight.values)
+    x, w = rows.view(torch.int64), weight.values.view(torch.int32)
     chunks, split = k * weight.bits // 128, chosen["SPLIT_K"]
     block_c = chosen["BLOCK_K"] * weight.bits // 128
     gemv_kernel[(triton.cdiv(n, chosen["BLOCK_N"]), split, m)](
@@ -178,15 +182,15 @@ def _launch_gemv(
 
 def _launch_gemm(
     rows: torch.Tensor,
-    weight: Weight,
+    weight: QuantizedWeight,
     out: torch.Tensor,
     chosen: Mapping[str, int],
     fast: bool,
     end: dict[str, Any],
 ) -> None:
-    (m, k), n = rows.shape, len(weight.packed)
+    (m, k), n = rows.shape, len(weight.values)
     x = rows.view(WIDER[rows.element_size()]) if fast and weight.bits == 4 else rows
-    w = weight.packed.view(torch.uint8)
+    w = weight.values.view(torch.uint8)
     tiles = triton.cdiv(m, chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"])
     gemm_kernel[(tiles, chosen["SPLIT_K"])](
         x, w, out, M=m, N=n, K=k, stride_xm=x.stride(0), stride_xk=x.stride(1),

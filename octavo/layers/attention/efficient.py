@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError, UnsupportedError
-from octavo.kernels import linear_attention, linear_attention_step
 from octavo.kernels.linear_attention.reference import FEATURE_MAPS, State
+from octavo.kernels.linear_attention.schema import linear_attention, linear_attention_step
 
 __all__ = ["EfficientAttention", "LinearAttention"]
 

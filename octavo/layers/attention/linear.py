@@ -163,7 +163,7 @@ class LinearSelfAttention(nn.Module):
         causal = self.attention.causal or bool(kwargs.pop("is_causal", False))
         for name, value in kwargs.items():
             if name not in self.PASSED_BY and value is not None and value is not False:
-                raise UnsupportedError(_why_not(name))
+                raise UnsupportedError(_reason(name))
         if attention_mask is None:
             return hidden_states, None, causal
         if not isinstance(attention_mask, torch.Tensor):
@@ -183,7 +183,7 @@ class LinearSelfAttention(nn.Module):
         return hidden_states, padding.expand(len(hidden_states), -1), causal
 
 
-def _why_not(argument: str) -> str:
+def _reason(argument: str) -> str:
     if argument == "output_attentions":
         return "linear attention has no weights to return; call without output_attentions"
     if argument == "past_key_values":

@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError
-from octavo.kernels.attention import schema as attention_native
+from octavo.kernels.attention import native
+from octavo.kernels.attention.schema import attention
 
-__all__ = ["MultiheadAttention", "RowsLinear", "why_not_taken_apart"]
+__all__ = ["MultiheadAttention", "RowsLinear", "decompose_reason"]
 
 
 class RowsLinear(nn.Linear):
@@ -23,7 +24,7 @@ class RowsLinear(nn.Linear):
         return functional.linear(input, self.weight[rows], bias)
 
 
-def why_not_taken_apart(module: nn.MultiheadAttention) -> str:
+def decompose_reason(module: nn.MultiheadAttention) -> str:
     """Why an attention has to stay as it is, or nothing."""
     if type(module) is not nn.MultiheadAttention:
         return f"{type(module).__name__} may compute something else than nn.MultiheadAttention"
@@ -42,12 +43,14 @@ class MultiheadAttention(nn.Module):
     but for nested tensors.
 
     Args:
-        module: one for which `why_not_taken_apart` says nothing.
+        module: one for which `decompose_reason` says nothing.
     """
 
     in_proj_bias = None
     """Tells torch's transformer layers to call this module, and not their fused kernel."""
     _qkv_same_embed_dim = False
+
+    libraries = (native.LIBRARY,)
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -94,10 +97,10 @@ class MultiheadAttention(nn.Module):
             out, weights = _attend(q, k, v, mask, dropout)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
-        elif dropout or attention_native.why_not(q, k, v, mask):
+        elif dropout:
             out = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
-            out = attention_native.attention(q, k, v, mask)
+            out = attention(q, k, v, mask)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
             return out.squeeze(0), weights

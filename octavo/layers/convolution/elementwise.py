@@ -1,4 +1,4 @@
-"""Tensors of int8 codes between layers: made, added, and turned back into floats."""
+"""Quantized values between layers: made of floats, added, and turned back into floats."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from typing import Any
 
 import torch
 
-from octavo.kernels import static_quantize
 from octavo.kernels.common.codes import to_int8
 from octavo.kernels.common.epilogue import ACTIVATIONS
-from octavo.layers.convolution.int8 import signed
+from octavo.kernels.static_quantize.schema import static_quantize
 from octavo.layers.module import QuantizedModule
 from octavo.quant import QParams
+from octavo.quant.requantize import UNSIGNED, SumMultipliers, signed
 
 __all__ = ["Dequantize", "Int8Add", "Quantize"]
-
-UNSIGNED = 128
-"""What makes an int8 code one of uint8."""
 
 
 class Quantize(QuantizedModule):
@@ -36,10 +33,10 @@ class Quantize(QuantizedModule):
     def __init__(self, zero_point: int = 0, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.zero_point = zero_point
-        self.register_buffer("scale", torch.ones((), device=device))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
 
     @classmethod
-    def under(cls, qparams: QParams, device: torch.device | None = None) -> Quantize:
+    def from_qparams(cls, qparams: QParams, device: torch.device | None = None) -> Quantize:
         """The layer that makes codes of calibrated parameters, int8 or uint8."""
         scale, zero_point = signed(qparams)
         layer = cls(zero_point, device)
@@ -65,11 +62,11 @@ class Dequantize(QuantizedModule):
 
     Attributes:
         scale: float32 [].
-        like: [0] of the type of the result.
+        floats: [0] of the type of the result.
     """
 
     scale: torch.Tensor
-    like: torch.Tensor
+    floats: torch.Tensor
     float32 = ("scale",)
 
     def __init__(
@@ -80,12 +77,12 @@ class Dequantize(QuantizedModule):
     ) -> None:
         super().__init__()
         self.zero_point = zero_point
-        self.register_buffer("scale", torch.ones((), device=device))
-        like = torch.empty(0, device=device, dtype=dtype)
-        self.register_buffer("like", like, persistent=False)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
+        empty = torch.empty(0, device=device, dtype=dtype)
+        self.register_buffer("floats", empty, persistent=False)
 
     @classmethod
-    def under(
+    def from_qparams(
         cls, qparams: QParams, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Dequantize:
         """The layer that reads codes of calibrated parameters, int8 or uint8."""
@@ -94,9 +91,9 @@ class Dequantize(QuantizedModule):
         layer.scale.copy_(scale)
         return layer
 
-    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape, to the same shape and layout."""
-        return _reals(codes, self.scale, self.zero_point).to(self.like.dtype)
+        return _reals(x, self.scale, self.zero_point).to(self.floats.dtype)
 
     def extra_repr(self) -> str:
         """The zero point."""
@@ -139,11 +136,11 @@ class Int8Add(QuantizedModule):
         self.a_zero_point, self.b_zero_point = a_zero_point, b_zero_point
         self.out_zero_point, self.activation = out_zero_point, activation
         for name in self.float32:
-            self.register_buffer(name, torch.ones((), device=device))
+            self.register_buffer(name, torch.ones((), dtype=torch.float32, device=device))
         self._follow_scales()
 
     @classmethod
-    def under(
+    def from_qparams(
         cls,
         a: QParams,
         b: QParams,
@@ -163,24 +160,17 @@ class Int8Add(QuantizedModule):
         """The numbers that `forward` computes with: float32, as a kernel would hold them."""
         if self.out_scale.is_meta:
             return
+        zeros = (self.a_zero_point, self.b_zero_point, self.out_zero_point)
         scales = (getattr(self, name).cpu() for name in self.float32)
-        a_scale, b_scale, out_scale = scales
-        ratio_a, ratio_b = a_scale / out_scale, b_scale / out_scale
-        zeros = (self.a_zero_point + UNSIGNED, self.b_zero_point + UNSIGNED)
-        zero = self.out_zero_point + UNSIGNED
-        offset = zero - (ratio_a * zeros[0] + ratio_b * zeros[1])
-        self._ratios, self._offset = (float(ratio_a), float(ratio_b)), float(offset)
+        self._sum = SumMultipliers.of(*zip(scales, zeros, strict=True))
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Two tensors of one shape, to a tensor of that shape."""
-        ratio_a, ratio_b = self._ratios
-        inner = _doubles(b).mul_(ratio_b).add_(self._offset).to(torch.float32)
-        total = _doubles(a).mul_(ratio_a).add_(inner.to(torch.float64)).to(torch.float32)
-        zero = self.out_zero_point + UNSIGNED
+        total = self._sum(_doubles(a), _doubles(b))
         if self.activation in ("none", "relu"):
             lowest = max(self.out_zero_point, -128) if self.activation == "relu" else -128
             return total.round_().sub_(UNSIGNED).clamp_(lowest, 127).to(torch.int8)
-        real = ACTIVATIONS[self.activation]((total - zero) * self.out_scale)
+        real = ACTIVATIONS[self.activation]((total - self._sum.zero_point) * self.out_scale)
         return to_int8(real, self.out_scale, self.out_zero_point)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError
-from octavo.kernels import depthwise_conv2d, depthwise_separable_conv2d
 from octavo.kernels.common.convolution import Size2d, as_sides, both, in_kernel_order
 from octavo.kernels.common.epilogue import ACTIVATIONS, FLOATS, IN_PLACE
+from octavo.kernels.depthwise_conv2d.schema import depthwise_conv2d
+from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
 from octavo.layers.linear.int8 import compute_dtype
 
 __all__ = ["FusedConv2d", "FusedSeparableConv2d"]

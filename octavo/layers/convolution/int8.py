@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
-from octavo.kernels import int8_conv2d, static_quantize
 from octavo.kernels.common.convolution import both, in_kernel_order
+from octavo.kernels.int8_conv2d.schema import int8_conv2d
+from octavo.kernels.static_quantize.schema import static_quantize
 from octavo.layers.linear.int8 import compute_dtype
 from octavo.layers.module import QuantizedModule
-from octavo.quant import PerTensor, QParams
-from octavo.quant.weights import quantize_weight
+from octavo.quant import QParams
+from octavo.quant.requantize import clamped, multiplier, signed
+from octavo.quant.weights import QuantizedWeight, quantize_weight
 
-__all__ = ["Int8Conv2d", "signed"]
+__all__ = ["Int8Conv2d"]
 
 Numbers = int | Sequence[int]
-CODES = 128
-"""Codes of int8 from 0 up."""
+INT8 = torch.iinfo(torch.int8)
 
 
 class Int8Conv2d(QuantizedModule):
@@ -58,14 +59,14 @@ class Int8Conv2d(QuantizedModule):
         weight: int8 [N, C / groups, kh, kw]; channels_last, or in memory [kh, kw, N] where each
             channel has a kernel of its own.
         weight_scale: float32 [N].
-        bias: int32 [N], or None; in steps of the sums, with what the zero point of x adds to them
+        bias: int32 [N], or None; in units of the sums, with what the zero point of x adds to them
             taken off.
         input_scale: float32 [].
         output_scale: float32 [], or None for a float result.
         residual_scale: float32 [], or None where floats are added, or nothing.
-        like: [0] of the dtype of a float result where x comes as codes.
-        step: float32 [N], what one step of a sum stands for: a real number, or a number of output
-            codes; follows from the scales.
+        floats: [0] of the dtype of a float result where x comes as codes.
+        multiplier: float32 [N], what one unit of a sum stands for: a real number, or quantized
+            outputs; follows from the scales.
     """
 
     weight: torch.Tensor
@@ -74,10 +75,10 @@ class Int8Conv2d(QuantizedModule):
     input_scale: torch.Tensor
     output_scale: torch.Tensor | None
     residual_scale: torch.Tensor | None
-    like: torch.Tensor
-    step: torch.Tensor
+    floats: torch.Tensor
+    multiplier: torch.Tensor
     one: torch.Tensor
-    float32 = ("weight_scale", "input_scale", "output_scale", "residual_scale", "step", "one")
+    float32 = ("weight_scale", "input_scale", "output_scale", "residual_scale", "multiplier", "one")
 
     def __init__(
         self,
@@ -119,9 +120,9 @@ class Int8Conv2d(QuantizedModule):
         self.register_buffer("weight", self._ordered(weight))
         self.register_buffer("weight_scale", floats(out_channels))
         self.register_buffer("input_scale", floats())
-        like = torch.empty(0, dtype=dtype, device=device)
-        self.register_buffer("like", like, persistent=False)
-        self.register_buffer("step", floats(out_channels), persistent=False)
+        empty = torch.empty(0, dtype=dtype, device=device)
+        self.register_buffer("floats", empty, persistent=False)
+        self.register_buffer("multiplier", floats(out_channels), persistent=False)
         self.register_buffer("one", floats(), persistent=False)
         # those that may be missing come last: torch.export counts them as if they were there
         zeros = torch.zeros(out_channels, dtype=torch.int32, device=device)
@@ -189,35 +190,24 @@ class Int8Conv2d(QuantizedModule):
             layer.output_scale.copy_(output_qparams.scale)
         if residual_qparams is not None and layer.residual_scale is not None:
             layer.residual_scale.copy_(residual_qparams.scale)
-        made = quantize_weight(
-            weight.cpu().numpy(),
-            0,
-            bias=None if bias is None else bias.float().cpu().numpy(),
-            input_scale=float(scale),
-        )
-        codes = None if made.bias_codes is None else torch.from_numpy(made.bias_codes)
-        layer.set_weights(torch.from_numpy(made.codes), made.qparams.scale, codes)
+        layer.set_weight(quantize_weight(weight, 0, bias=bias, input_scale=float(scale)))
         return layer.train(conv.training)
 
     @torch.no_grad()
-    def set_weights(
-        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """Takes weights, for the scales of activations that are set.
+    def set_weight(self, weight: QuantizedWeight) -> None:
+        """Takes a weight, for the scales of activations that are set.
 
         Args:
-            codes: int8 [N, C / groups, kh, kw].
-            scale: float32 [N].
-            bias: int32 [N] in steps of the sums, or None.
+            weight: int8 [N, C / groups, kh, kw], with scales [N] and a bias int32 or none.
 
         Raises:
             InputError: a bias that int32 cannot hold with what the zero point adds.
         """
-        self.weight.copy_(codes)
-        self.weight_scale.copy_(scale)
+        self.weight.copy_(weight.values)
+        self.weight_scale.copy_(weight.scale)
         if self.bias is not None:
-            sums = codes.flatten(1).sum(1, dtype=torch.int64)
-            total = (0 if bias is None else bias.long()) - self.zero_point * sums
+            sums = weight.values.flatten(1).sum(1, dtype=torch.int64)
+            total = (0 if weight.bias is None else weight.bias.long()) - self.zero_point * sums
             if bool((total.abs() >= 2**31).any()):
                 raise InputError(
                     f"the bias and the zero point {self.zero_point} need {int(total.abs().max())} "
@@ -228,19 +218,18 @@ class Int8Conv2d(QuantizedModule):
 
     def _follow_scales(self) -> None:
         """What follows from the scales."""
-        step = self.input_scale * self.weight_scale
         self._requantizes = self.output_scale is not None and self._only_saturates()
-        if self.output_scale is not None and self._requantizes:
-            step = step / self.output_scale
-        self.step = step
+        out = self.output_scale if self._requantizes else None
+        self.multiplier = multiplier(self.input_scale, self.weight_scale, out)
 
     def _only_saturates(self) -> bool:
-        """Whether the activation is one that codes do by saturating, or ReLU."""
-        if self.residual_scale is not None or self.output_scale is None or self.step.is_meta:
+        """Whether the activation is one that quantized values do by saturating, or ReLU."""
+        if self.residual_scale is not None or self.output_scale is None or self.multiplier.is_meta:
             return False
         if self.activation != "relu6":
             return self.activation in ("none", "relu")
-        return round(6 / float(self.output_scale)) + self.out_zero_point >= CODES - 1
+        scale, zero_point = float(self.output_scale), self.out_zero_point
+        return clamped(6.0, scale, zero_point, INT8.min, INT8.max) == INT8.max
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[B, C, H, W] to [B, N, H', W'], channels_last; a residual is added after the activation.
@@ -256,17 +245,17 @@ class Int8Conv2d(QuantizedModule):
             codes = static_quantize(x, self.input_scale, zero_point=self.zero_point)
         out_dtype = torch.int8
         if not self.out_codes:
-            out_dtype = compute_dtype(self.like if self.in_codes else x)
+            out_dtype = compute_dtype(self.floats if self.in_codes else x)
         coded = residual is not None and self.residual_codes
-        step, activation, out_scale = self.step, self.sums_activation, self.steps_scale
+        by, activation, out_scale = self.multiplier, self.sums_activation, self.sums_scale
         if residual is not None and self._requantizes:  # it is added to real numbers
-            step = self.input_scale * self.weight_scale
+            by = multiplier(self.input_scale, self.weight_scale)
             activation, out_scale = self.activation, self.output_scale
         return int8_conv2d(
             codes,
             self.weight,
             self.one,
-            step,
+            by,
             bias=self.bias,
             stride=self.stride,
             padding=self.padding,
@@ -284,12 +273,12 @@ class Int8Conv2d(QuantizedModule):
 
     @property
     def sums_activation(self) -> str:
-        """What is applied to sums times `step`; a ReLU6 that saturates is a ReLU."""
+        """What is applied to sums times `multiplier`; a ReLU6 that saturates is a ReLU."""
         return "relu" if self._requantizes and self.activation == "relu6" else self.activation
 
     @property
-    def steps_scale(self) -> torch.Tensor | None:
-        """The scale of the result where sums times `step` are no codes yet."""
+    def sums_scale(self) -> torch.Tensor | None:
+        """The scale of the result where sums times `multiplier` are no codes yet."""
         return self.one if self._requantizes else self.output_scale
 
     def _ordered(self, weight: torch.Tensor) -> torch.Tensor:
@@ -322,26 +311,6 @@ class Int8Conv2d(QuantizedModule):
         kinds = {"in_codes": self.in_codes, "out_codes": self.out_codes}
         text += "".join(f", {name}" for name, value in kinds.items() if value)
         return text + (f", activation={self.activation}" if self.activation != "none" else "")
-
-
-def signed(qparams: QParams | None) -> tuple[torch.Tensor, int]:
-    """Scale and zero point of int8 codes; those of uint8 codes minus 128.
-
-    Args:
-        qparams: of a whole tensor, int8 or uint8; None for a scale of 1.
-
-    Raises:
-        InputError: of another type or granularity.
-    """
-    if qparams is None:
-        return torch.ones(()), 0
-    if not isinstance(qparams.granularity, PerTensor) or qparams.dtype.bits != 8:
-        raise InputError(
-            f"activations are {qparams.dtype.name} with {qparams.granularity}; a convolution takes "
-            "int8 or uint8 with one scale a tensor"
-        )
-    shift = 0 if qparams.dtype.symmetric else 128
-    return qparams.scale, int(qparams.zero_point) - shift
 
 
 def _padding(conv: nn.Conv2d) -> Numbers | str:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
-from octavo.kernels import depthwise_separable_conv2d
 from octavo.kernels.common.convolution import Size2d, both
+from octavo.kernels.depthwise_separable_conv2d.schema import depthwise_separable_conv2d
 from octavo.layers.convolution.int8 import Int8Conv2d
 
 __all__ = ["DepthwiseSeparableConv2d", "Int8DepthwiseSeparableConv2d", "MobileNetBlock"]
@@ -163,9 +163,9 @@ class Int8DepthwiseSeparableConv2d(nn.Module):
     def in_one_kernel(self, x: torch.Tensor) -> torch.Tensor:
         """The same by `octavo.kernels.depthwise_separable_conv2d`, on any device."""
         first, second = self.depthwise, self.pointwise
-        middle, step = first.steps_scale, second.step
+        middle, by = first.sums_scale, second.multiplier
         if middle is not first.one and middle is not None:
-            step = step / middle  # the kernel multiplies with the scale of the middle itself
+            by = by / middle  # the kernel multiplies with the scale of the middle itself
         return depthwise_separable_conv2d(
             x,
             first.weight,
@@ -178,12 +178,12 @@ class Int8DepthwiseSeparableConv2d(nn.Module):
             dw_activation=first.sums_activation,
             pw_activation=second.sums_activation,
             scale_x=first.one,
-            dw_scale=first.step,
+            dw_scale=first.multiplier,
             mid_scale=middle,
-            pw_scale=step,
+            pw_scale=by,
             zero_point=first.zero_point,
             mid_zero_point=second.zero_point,
-            out_dtype=torch.int8 if second.out_codes else second.like.dtype,
-            out_scale=second.steps_scale,
+            out_dtype=torch.int8 if second.out_codes else second.floats.dtype,
+            out_scale=second.sums_scale,
             out_zero_point=second.out_zero_point,
         )

@@ -8,11 +8,18 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
-from octavo.kernels import dynamic_quantize, fold_zero_point, int8_gemm, static_quantize
-from octavo.kernels.int8_linear import schema as linear_cpu
-from octavo.layers.linear.shared_codes import SharedCodes
+from octavo.kernels.common.codes import fold_zero_point
+from octavo.kernels.common.packed import packed
+from octavo.kernels.dynamic_quantize import native as dynamic_quantize_c
+from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
+from octavo.kernels.int8_gemm import native as int8_gemm_c
+from octavo.kernels.int8_linear import native as int8_linear_c
+from octavo.kernels.int8_linear.reference import product
+from octavo.kernels.int8_linear.schema import OPERATOR as int8_linear  # noqa: N811
+from octavo.kernels.static_quantize.schema import static_quantize
+from octavo.layers.linear.shared_codes import SharedInput
 from octavo.layers.module import QuantizedModule
-from octavo.quant import PerChannel, choose_qparams, quantize
+from octavo.quant.weights import QuantizedWeight, quantize_weight
 
 __all__ = ["Int8Linear", "as_linear", "compute_dtype", "is_linear"]
 
@@ -50,7 +57,8 @@ class Int8Linear(QuantizedModule):
     smooth: torch.Tensor | None
     input_scale: torch.Tensor | None
     float32: tuple[str, ...] = ("weight_scale", "smooth", "input_scale")
-    shared: SharedCodes | None = None
+    libraries = (int8_linear_c.LIBRARY, int8_gemm_c.LIBRARY, dynamic_quantize_c.LIBRARY)
+    shared: SharedInput | None = None
 
     def __init__(
         self,
@@ -130,23 +138,18 @@ class Int8Linear(QuantizedModule):
             layer.input_scale.copy_(input_scale)
             if layer.smooth is not None:
                 layer.smooth.mul_(layer.input_scale)
-        qparams = choose_qparams(weight, "int8", PerChannel(0))
-        bias = None if linear.bias is None else linear.bias.detach()
-        layer.set_weights(quantize(weight, qparams), qparams.scale, bias)
+        layer.set_weight(quantize_weight(weight, 0, bias=linear.bias))
         return layer.train(linear.training)
 
-    def set_weights(
-        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """Takes weights, with what a zero point of x adds taken off the bias.
+    def set_weight(self, weight: QuantizedWeight) -> None:
+        """Takes a weight, with what a zero point of x adds taken off the bias.
 
         Args:
-            codes: int8 [N, K].
-            scale: float32 [N].
-            bias: floating [N], or None.
+            weight: symmetric int8 [N, K], with scales [N] and a floating bias or none.
         """
-        self.weight.copy_(codes)
-        self.weight_scale.copy_(scale)
+        self.weight.copy_(weight.values)
+        self.weight_scale.copy_(weight.scale)
+        bias = weight.bias
         if self.input_scale is not None:
             bias = fold_zero_point(
                 bias, self.weight, self.input_scale, self.weight_scale, self.zero_point
@@ -156,40 +159,31 @@ class Int8Linear(QuantizedModule):
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether x is quantized with a scale a token, and nothing before it."""
+        """Whether x is quantized with one scale per token, and nothing before it."""
         return self._buffers["smooth"] is None and self._buffers["input_scale"] is None
 
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
         own = self._buffers  # looking an attribute up takes longer than some layers' arithmetic
-        if rows is None and self.is_dynamic:
-            weight, scale, bias = self.weight, self.weight_scale, own["bias"]
-            body = linear_cpu.body_for(x, weight, scale, bias)
-            if body:
-                return linear_cpu.dynamic_linear(
-                    body, x, weight, scale, bias, self.activation, self.shared
-                )
-        if self.is_dynamic and self.shared is not None:
-            codes, scale_x = self.shared.codes(x, dynamic_quantize)
-        elif self.input_scale is None:
-            codes, scale_x = dynamic_quantize(x, smooth=self.smooth)
-        else:
-            scale_x = self.input_scale
-            factor = scale_x if self.smooth is None else self.smooth
-            codes = static_quantize(x, factor, zero_point=self.zero_point)
-        weight, weight_scale, bias = self.weight, self.weight_scale, self.bias
+        weight = QuantizedWeight(own["weight"], own["weight_scale"], None, own["bias"])  # type: ignore[arg-type]
         if rows is not None:
-            weight, weight_scale = weight[rows], weight_scale[rows]
-            bias = None if bias is None else bias[rows]
-        return int8_gemm(
-            codes,
-            weight,
-            scale_x,
-            weight_scale,
-            bias=bias,
-            activation=self.activation,
-            out_dtype=compute_dtype(x),
-        )
+            weight = rows_of(weight, rows)
+        dtype = compute_dtype(x)
+        smooth, input_scale = own["smooth"], own["input_scale"]
+        if input_scale is not None:
+            factor = input_scale if smooth is None else smooth
+            values = static_quantize(x, factor, zero_point=self.zero_point)
+            return product(values, input_scale, weight, self.activation, dtype)
+        if smooth is not None:
+            values, scale = dynamic_quantize(x, smooth=smooth)
+        elif self.shared is not None:
+            values, scale = self.shared.quantized(x)
+        elif dtype == x.dtype:
+            y: torch.Tensor = int8_linear(x, weight, self.activation)
+            return y
+        else:
+            values, scale = dynamic_quantize(x)
+        return product(values, scale, weight, self.activation, dtype)
 
     def config(self) -> dict[str, Any]:
         """See `QuantizedModule`."""
@@ -212,6 +206,16 @@ class Int8Linear(QuantizedModule):
             + (", smooth" if self.smooth is not None else "")
             + (f", activation={self.activation}" if self.activation != "none" else "")
         )
+
+
+def rows_of(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
+    """Some output channels of a weight, as a view that is the same in every call.
+
+    What kernels keep of a weight is kept beside its tensor, and so must find it again.
+    """
+    start, stop = rows.start or 0, rows.stop
+    values = packed(weight.values, ("rows", start, stop), lambda one: one[start:stop])
+    return weight.rows(start, stop)._replace(values=values)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

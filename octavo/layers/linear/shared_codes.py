@@ -1,25 +1,26 @@
-"""Codes that layers of one module share, where they are given the same tensor."""
+"""Quantized values that layers share, where they are given the same tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["SharedCodes"]
+from octavo.kernels.dynamic_quantize import schema as dynamic_quantize
 
-Codes = tuple[torch.Tensor, torch.Tensor]
+__all__ = ["SharedInput"]
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
-class SharedCodes:
+class SharedInput:
     """Quantizes for the layers of a module, each tensor once in a call of that module.
 
     Queries, keys and values of a self-attention are layers over the same tokens: three dynamic
-    quantizations would give the same codes. Nothing is kept between calls, when a caller may have
-    written into its tensor. Threads that call one module at once may quantize anew, and never get
-    codes of another tensor.
+    quantizations would give the same values; and a norm can quantize its result for the layer
+    behind it. Nothing is kept between calls, when a caller may have written into its tensor.
+    Threads that call one module at once may quantize anew, and never get another tensor's values.
     """
 
     def __init__(self) -> None:
@@ -33,18 +34,17 @@ class SharedCodes:
         """A forward hook of the module."""
         self._last = None
 
-    def codes(self, x: torch.Tensor, quantize: Callable[[torch.Tensor], Codes]) -> Codes:
-        """What `quantize` makes of x, as it was made for the layer before if that had the same x.
-
-        Args:
-            x: what a layer was given.
-            quantize: gives codes and scales; layers that share have the same one.
-        """
+    def quantized(self, x: torch.Tensor) -> Quantized:
+        """Values int8 and per-token scales of x, from the layer before if that had the same x."""
         last = self._last
-        if last and last[0] is x and last[1] is quantize:
-            shared: Codes = last[2]
+        if last and last[0] is x:
+            shared: Quantized = last[1]
             return shared
-        made = quantize(x)
-        if last is not None:
-            self._last = (x, quantize, made)
+        made: Quantized = dynamic_quantize.OPERATOR(x, None, True)
+        self.put(x, made)
         return made
+
+    def put(self, x: torch.Tensor, quantized: Quantized) -> None:
+        """Keeps what somebody has made of x, within a call of the module."""
+        if self._last is not None:
+            self._last = (x, quantized)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from octavo.core.errors import InputError
-from octavo.kernels import weight_only_gemm
-from octavo.layers.linear.int8 import compute_dtype
+from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
+from octavo.layers.linear.int8 import compute_dtype, rows_of
 from octavo.layers.module import QuantizedModule
-from octavo.quant import pack
-from octavo.quant.groups import GroupCodes, round_weight
+from octavo.quant.groups import quantize_groups
+from octavo.quant.weights import QuantizedWeight
 
 __all__ = ["WeightOnlyLinear"]
 
@@ -89,7 +89,7 @@ class WeightOnlyLinear(QuantizedModule):
         group_size: int | None = None,
         symmetric: bool = True,
         activation: str = "none",
-        codes: GroupCodes | None = None,
+        quantized: QuantizedWeight | None = None,
     ) -> WeightOnlyLinear:
         """Quantizes the weights of a float layer, which is not changed.
 
@@ -99,8 +99,9 @@ class WeightOnlyLinear(QuantizedModule):
             group_size: neighbours along K that share a scale; None for a scale a channel.
             symmetric: without zero points; 4 bits and fewer gain from having them.
             activation: what follows the layer.
-            codes: found elsewhere, such as by GPTQ; by default each weight is rounded to the
-                nearest code, under scales of the least squared error.
+            quantized: the weight as it was quantized elsewhere, such as by GPTQ, with these bits
+                and groups; by default each weight is rounded to the nearest value, under scales of
+                the least squared error.
 
         Raises:
             InputError: weights that are not finite, or a group size that does not divide K.
@@ -116,43 +117,38 @@ class WeightOnlyLinear(QuantizedModule):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        if codes is None:
-            codes = round_weight(linear.weight, bits, group_size, symmetric)
-        layer._fill(codes)
+        if quantized is None:
+            quantized = quantize_groups(linear.weight, bits, group_size, symmetric)
+        packed = quantized.packed()
+        layer.weight.copy_(packed.values)
+        layer.weight_scale.copy_(packed.scale)
+        if layer.zero_point is not None and packed.zero_point is not None:
+            layer.zero_point.copy_(packed.zero_point)
         if linear.bias is not None and layer.bias is not None:
             layer.bias.copy_(linear.bias.detach())
         return layer.train(linear.training)
 
-    def _fill(self, found: GroupCodes) -> None:
-        shape = self.weight_scale.shape
-        self.weight_scale.copy_(found.scale.reshape(shape))
-        if self.zero_point is not None:
-            self.zero_point.copy_(found.zero_point.reshape(shape))
-        if self.bits == 8:
-            self.weight.copy_(found.codes)
-        elif self.symmetric:
-            self.weight.copy_(pack(found.codes, f"int{self.bits}"))
-        else:  # unsigned codes have the same bits as the signed ones of their type
-            half = 1 << (self.bits - 1)
-            signed = torch.where(found.codes >= half, found.codes - 2 * half, found.codes)
-            self.weight.copy_(pack(signed, f"int{self.bits}"))
-
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
-        weight, scale, zero_point, bias = (
-            value if rows is None or value is None else value[rows]
-            for value in (self.weight, self.weight_scale, self.zero_point, self.bias)
+        weight = QuantizedWeight(
+            self.weight,
+            self.weight_scale,
+            self.zero_point,
+            self.bias,
+            self.bits,
+            0 if self.group_size is None else None,
+            self.group_size,
         )
-        assert weight is not None  # noqa: S101 - for the type checker: only two of them are optional
-        assert scale is not None  # noqa: S101
+        if rows is not None:
+            weight = rows_of(weight, rows)
         return weight_only_gemm(
             x.to(compute_dtype(x)),
-            weight,
-            scale,
-            zero_point,
+            weight.values,
+            weight.scale,
+            weight.zero_point,
             bits=self.bits,
             group_size=self.group_size,
-            bias=bias,
+            bias=weight.bias,
             activation=self.activation,
         )
 

@@ -11,15 +11,16 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from octavo.core.errors import InputError
-from octavo.kernels import dynamic_quantize
-from octavo.kernels.dispatch.select import is_plain_call
-from octavo.kernels.int8_linear.schema import codes_of
+from octavo.kernels.dynamic_quantize import native as dynamic_quantize_c
+from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
+from octavo.kernels.int8_gemm import native as int8_gemm_c
+from octavo.kernels.recurrent import native
 from octavo.kernels.recurrent.schema import gru_steps, lstm_steps
-from octavo.kernels.recurrent.weights import Inputs, Weights
+from octavo.kernels.recurrent.weights import Inputs
 from octavo.layers.linear.int8 import compute_dtype
 from octavo.layers.module import QuantizedModule
 from octavo.layers.recurrent.layout import Padded, Ragged, Sequences
-from octavo.quant import PerChannel, choose_qparams, quantize
+from octavo.quant.weights import QuantizedWeight, quantize_weight
 
 __all__ = ["Int8GRU", "Int8LSTM"]
 
@@ -36,6 +37,8 @@ class _Int8Recurrent(QuantizedModule):
 
     gates: int
     kind: type[nn.RNNBase]
+
+    libraries = (native.LIBRARY, int8_gemm_c.LIBRARY, dynamic_quantize_c.LIBRARY)
 
     def __init__(
         self,
@@ -95,9 +98,9 @@ class _Int8Recurrent(QuantizedModule):
         )
         for name, value in module.named_parameters():
             if name.startswith("weight"):
-                qparams = choose_qparams(value.detach().float(), "int8", PerChannel(0))
-                made.get_buffer(name).copy_(quantize(value.detach().float(), qparams))
-                made.get_buffer(f"{name}_scale").copy_(qparams.scale)
+                quantized = quantize_weight(value, 0)
+                made.get_buffer(name).copy_(quantized.values)
+                made.get_buffer(f"{name}_scale").copy_(quantized.scale)
             else:
                 made.get_buffer(name).copy_(value.detach())
         return made.train(module.training)
@@ -122,8 +125,8 @@ class _Int8Recurrent(QuantizedModule):
         return f"{self.input_size}, {self.hidden_size}" + "".join(rest)
 
     def _ends(self, layer: int) -> list[str]:
-        """How the names of a layer's buffers end, one a direction."""
-        return [f"_l{layer}{way}" for way in ("", "_reverse")[: 1 + self.bidirectional]]
+        """How the names of a layer's buffers end, for each direction."""
+        return [f"_l{layer}{end}" for end in ("", "_reverse")[: 1 + self.bidirectional]]
 
     def _run(
         self, x: torch.Tensor | PackedSequence, states: tuple[torch.Tensor, ...] | None
@@ -167,27 +170,28 @@ class _Int8Recurrent(QuantizedModule):
     ) -> list[torch.Tensor]:
         """One layer, all its directions: hidden states as `data` has its rows, last states."""
         ends = self._ends(layer)
-        codes, scale = _quantized(data)
+        codes, scale = dynamic_quantize(data)
         inputs = Inputs(
-            sequences.ways(codes, len(ends)),
-            sequences.ways(scale, len(ends)),
-            self._weights(ends),
+            sequences.by_direction(codes, len(ends)),
+            sequences.by_direction(scale, len(ends)),
+            self._weights("ih", ends),
+            self._weights("hh", ends),
             sequences.sizes,
         )
         states, *last = self._recur(inputs, first)
         return [sequences.outputs(states), *last]
 
-    def _weights(self, ends: list[str]) -> Weights:
-        def named(kind: str, after: str = "") -> list[Any]:
-            return [self._buffers[kind + end + after] for end in ends]
-
-        return Weights(
-            named("weight_ih"),
-            named("weight_ih", "_scale"),
-            named("bias_ih") if self.bias else [],
-            named("weight_hh"),
-            named("weight_hh", "_scale"),
-            named("bias_hh") if self.bias else [],
+    def _weights(self, part: str, ends: list[str]) -> tuple[QuantizedWeight, ...]:
+        """Of the input ("ih") or of the hidden state ("hh"), of each direction."""
+        own = self._buffers
+        return tuple(
+            QuantizedWeight(
+                own[f"weight_{part}{end}"],  # type: ignore[arg-type]
+                own[f"weight_{part}{end}_scale"],  # type: ignore[arg-type]
+                None,
+                own[f"bias_{part}{end}"] if self.bias else None,
+            )
+            for end in ends
         )
 
     @abstractmethod
@@ -316,12 +320,3 @@ class Int8GRU(_Int8Recurrent):
     ) -> tuple[torch.Tensor, ...]:
         (hidden,) = first or (None,)
         return gru_steps(inputs, hidden)
-
-
-def _quantized(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and a scale a row; without the operator where a short sequence would feel its call."""
-    plain = is_plain_call(data) and data.dtype == torch.float32 and data.device.type == "cpu"
-    if not plain or data.numel() == 0:
-        return dynamic_quantize(data)
-    codes, scale = codes_of(data)
-    return codes.view(data.shape), scale.view(data.shape[:-1])

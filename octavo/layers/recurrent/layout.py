@@ -33,7 +33,7 @@ class Sequences(Protocol):
     def leave(self, state: torch.Tensor) -> torch.Tensor:
         """The reverse of `enter`."""
 
-    def ways(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
+    def by_direction(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
         """Rows as they lie here to [T, D, B, ...]; those of a direction lie together."""
 
     def outputs(self, states: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ class Padded:
         """See `Sequences`."""
         return state.squeeze(1) if self._alone else state
 
-    def ways(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
+    def by_direction(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
         """See `Sequences`."""
         if directions == 1:
             return rows.unsqueeze(1)
@@ -123,19 +123,20 @@ class Ragged:
         order = self._packed.unsorted_indices
         return state if order is None else state.index_select(1, order)
 
-    def ways(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
+    def by_direction(self, rows: torch.Tensor, directions: int) -> torch.Tensor:
         """See `Sequences`."""
         block = rows.new_zeros(directions, len(self._sizes), self.batch, *rows.shape[1:])
-        for way, step in enumerate(self._steps[:directions]):
-            block[way, step, self._row] = rows
+        for direction, step in enumerate(self._steps[:directions]):
+            block[direction, step, self._row] = rows
         return block.transpose(0, 1)
 
     def outputs(self, states: torch.Tensor) -> torch.Tensor:
         """See `Sequences`."""
-        ways = [
-            states[step, way, self._row] for way, step in enumerate(self._steps[: states.shape[1]])
+        parts = [
+            states[step, direction, self._row]
+            for direction, step in enumerate(self._steps[: states.shape[1]])
         ]
-        return ways[0] if len(ways) == 1 else torch.cat(ways, -1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def finish(self, data: torch.Tensor) -> PackedSequence:
         """See `Sequences`."""

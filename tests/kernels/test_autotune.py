@@ -1,4 +1,4 @@
-"""Tile sizes: memory, files, the package, then a measurement; and nothing that is broken wins."""
+"""Choices: memory, files, the package, then a measurement; and nothing that is broken wins."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import torch
 from fake_gpu import FACTS, GPU, FakeGpu
 
 from octavo.core.errors import OctavoError, OctavoWarning
-from octavo.kernels.dispatch import measurement as trial
-from octavo.kernels.dispatch import store, tuning
-from octavo.kernels.dispatch.tuning import best, label, size_bucket
+from octavo.kernels.dispatch import autotune, measurement, store
+from octavo.kernels.dispatch.autotune import best_config, label, size_bucket
 
 RULE = {"BLOCK": 16, "num_warps": 4}
 WIDE = {"BLOCK": 64, "num_warps": 4}
@@ -38,7 +37,7 @@ def never() -> Iterator[dict[str, int]]:
 
 def ask(key: str = "k", rule: Any = RULE, candidates: Any = None, run: Any = None) -> Any:
     listed = candidates or (lambda: [WIDE, HUGE])
-    return best("int8_gemm", key, GPU, rule, listed, run or (lambda _tiles: torch.ones(3)))
+    return best_config("int8_gemm", key, GPU, rule, listed, run or (lambda _config: torch.ones(3)))
 
 
 def test_the_fastest_is_kept_in_memory_and_on_disk(gpu: FakeGpu) -> None:
@@ -58,7 +57,7 @@ def test_the_fastest_is_kept_in_memory_and_on_disk(gpu: FakeGpu) -> None:
 
 def test_a_hit_is_one_lookup(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     ask()
-    monkeypatch.setattr(tuning, "_look_up", None)
+    monkeypatch.setattr(autotune, "user_table", None)
     assert ask(candidates=never) == HUGE
 
 
@@ -70,10 +69,10 @@ def test_keys_do_not_disturb_each_other(gpu: FakeGpu) -> None:
 
 
 def test_candidates_that_fail_or_differ_are_recorded_and_lose(gpu: FakeGpu) -> None:
-    def run(tiles: dict[str, int]) -> torch.Tensor:
-        if tiles == HUGE:
+    def run(config: dict[str, int]) -> torch.Tensor:
+        if config == HUGE:
             raise RuntimeError("out of shared memory\nRequired: 400000")
-        return torch.ones(3) * (2 if tiles == WIDE else 1)
+        return torch.ones(3) * (2 if config == WIDE else 1)
 
     assert ask(run=run) == RULE
     assert gpu.document()["entries"]["k"]["failures"] == {
@@ -84,8 +83,8 @@ def test_candidates_that_fail_or_differ_are_recorded_and_lose(gpu: FakeGpu) -> N
 
 
 def test_nan_in_a_result_is_a_difference(gpu: FakeGpu) -> None:
-    def run(tiles: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        bad = float("nan") if tiles == HUGE else 1.0
+    def run(config: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        bad = float("nan") if config == HUGE else 1.0
         return torch.ones(2), torch.full((4,), bad)
 
     assert ask(run=run) == WIDE
@@ -95,17 +94,17 @@ def test_one_that_writes_nothing_is_found(gpu: FakeGpu) -> None:
     """It gets the memory of a candidate before it, which was right."""
     memory = torch.empty(8)
 
-    def run(tiles: dict[str, int]) -> torch.Tensor:
-        if tiles == RULE:
+    def run(config: dict[str, int]) -> torch.Tensor:
+        if config == RULE:
             return torch.ones(8)
-        return memory.fill_(1) if tiles == WIDE else memory
+        return memory.fill_(1) if config == WIDE else memory
 
     assert ask(run=run) == WIDE
     assert list(gpu.document()["entries"]["k"]["failures"]) == [label(HUGE)]
 
 
 def test_all_failing_is_an_error(gpu: FakeGpu) -> None:
-    def run(_tiles: dict[str, int]) -> None:
+    def run(_config: dict[str, int]) -> None:
         raise ValueError("no kernel image")
 
     with pytest.raises(OctavoError, match=r"no candidate for int8_gemm k runs: \{'BLOCK=16 num_w"):
@@ -117,7 +116,7 @@ def test_a_broken_device_stops_at_once(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
     def broken(_device: torch.device) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(trial, "_synchronize", broken)
+    monkeypatch.setattr(measurement, "_synchronize", broken)
     with pytest.raises(OctavoError, match=r"candidate BLOCK=16 num_warps=4 .* broke the device"):
         ask()
 
@@ -146,8 +145,8 @@ def test_never_inside_a_graph_capture(gpu: FakeGpu, monkeypatch: pytest.MonkeyPa
 
 def test_never_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert best("int8_gemm", "k", cpu, RULE, never, lambda _tiles: None) == RULE
-    assert trial.why_not_measure(cpu) == "the tensors are on cpu"
+    assert best_config("int8_gemm", "k", cpu, RULE, never, lambda _config: None) == RULE
+    assert measurement.measurement_reason(cpu) == "the tensors are on cpu"
 
 
 def test_tuned_before_counts_when_switched_off(
@@ -165,8 +164,11 @@ def test_tuned_before_counts_when_switched_off(
         (b"{", "it is not JSON"),
         (b"\xff\xfe", "codec can't decode"),
         (b"[]", "not a file of choices of format 1"),
-        (b'{"format": 1, "kind": "bodies"}', "it holds 'bodies', not 'tiles'"),
-        (b'{"format": 1, "kind": "tiles", "facts": {}}', "another device or with other versions"),
+        (
+            b'{"format": 1, "kind": "implementations"}',
+            "it holds 'implementations', not 'configs'",
+        ),
+        (b'{"format": 1, "kind": "configs", "facts": {}}', "another device or with other versions"),
         (None, "its entry 'k' names no choice"),
     ],
     ids=["json", "bytes", "format", "kind", "facts", "entry"],
@@ -200,7 +202,7 @@ def test_other_drivers_and_sources_have_files_of_their_own(
         ask()
     monkeypatch.setattr(store, "device_facts", lambda _d: {**FACTS, "torch": "3.0"})
     gpu.forget()
-    assert ask(candidates=never) == HUGE, "tiles do not depend on torch"
+    assert ask(candidates=never) == HUGE, "configurations do not depend on torch"
     monkeypatch.setattr(store, "source_digest", lambda *_a, **_k: "another")
     gpu.forget()
     ask()
@@ -218,13 +220,13 @@ def test_fields_that_the_kernel_no_longer_takes(gpu: FakeGpu) -> None:
 
 def packaged(folder: Path, **changes: Any) -> None:
     facts = {"operator": "int8_gemm", "gpu": "Fake GPU 9", "driver": "0.1", "triton": "3.6"}
-    document = {"format": 1, "kind": "tiles", "facts": facts, "entries": {"k": {"chosen": WIDE}}}
+    document = {"format": 1, "kind": "configs", "facts": facts, "entries": {"k": {"chosen": WIDE}}}
     path = folder / "int8_gemm" / "configs" / "fake-gpu-9.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({**document, **changes}))
 
 
-def test_packaged_tiles_serve_any_driver_and_give_way_to_the_users(
+def test_packaged_configs_serve_any_driver_and_give_way_to_the_users(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     packaged(tmp_path)
@@ -234,7 +236,7 @@ def test_packaged_tiles_serve_any_driver_and_give_way_to_the_users(
     gpu.forget()
     assert ask(candidates=never) == WIDE
     assert ask("else") == HUGE, "another key is tuned"
-    table = store.user_table("int8_gemm", "tiles", GPU)
+    table = store.user_table("int8_gemm", "configs", GPU)
     table.put("k", {"chosen": HUGE})
     gpu.forget()
     assert ask(candidates=never) == HUGE
@@ -243,10 +245,10 @@ def test_packaged_tiles_serve_any_driver_and_give_way_to_the_users(
 def test_a_damaged_packaged_file_is_told(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    packaged(tmp_path, kind="bodies")
+    packaged(tmp_path, kind="implementations")
     monkeypatch.setattr(store, "KERNELS", tmp_path)
     with pytest.warns(
-        OctavoWarning, match=r"fake-gpu-9\.json is not used, since it holds 'bodies'"
+        OctavoWarning, match=r"fake-gpu-9\.json is not used, since it holds 'implementations'"
     ):
         assert ask() == HUGE
 
@@ -263,7 +265,7 @@ def test_a_cache_that_cannot_be_written(gpu: FakeGpu) -> None:
 def test_tuning_within_tuning_takes_the_rule(gpu: FakeGpu) -> None:
     inner: list[Any] = []
 
-    def run(_tiles: dict[str, int]) -> torch.Tensor:
+    def run(_config: dict[str, int]) -> torch.Tensor:
         inner.append(ask("inner", candidates=never))
         return torch.ones(1)
 
@@ -273,7 +275,7 @@ def test_tuning_within_tuning_takes_the_rule(gpu: FakeGpu) -> None:
 
 def test_candidates_can_be_taken_instead_of_measured(gpu: FakeGpu) -> None:
     seen: list[Any] = []
-    with tuning.instead_of_measuring(lambda listed, _run: seen.extend(listed)):
+    with autotune.instead_of_measuring(lambda listed, _run: seen.extend(listed)):
         assert ask() == RULE
     assert seen == [RULE, WIDE, HUGE]
     assert gpu.files() == []
@@ -303,11 +305,9 @@ def test_the_source_digest_sees_kernels(tmp_path: Path, monkeypatch: pytest.Monk
             (tmp_path / changed).write_text(f"new {changed}")
         store.source_digest.cache_clear()
         digests[changed] = [store.source_digest("op", kernels_only=only) for only in (True, False)]
-    tiles, bodies = zip(*digests.values(), strict=True)
-    assert [a == b for a, b in itertools.pairwise(tiles)] == [False, True, True, False]
-    assert [a == b for a, b in itertools.pairwise(bodies)] == [
-        False, False, True, False,
-    ]  # fmt: skip
+    kernels, everything = zip(*digests.values(), strict=True)
+    assert [a == b for a, b in itertools.pairwise(kernels)] == [False, True, True, False]
+    assert [a == b for a, b in itertools.pairwise(everything)] == [False, False, True, False]
     store.source_digest.cache_clear()
 
 
@@ -316,41 +316,39 @@ def test_buckets(size: int, bucket: int) -> None:
     assert size_bucket(size) == bucket
 
 
-def tune_in_a_process(folder: str, log: str, key: str) -> None:
-    """Tunes with a measurement that takes a while, and says when it began and ended."""
+def tune(folder: Path, log: Path, keys: tuple[str, ...], barrier: Any) -> None:
+    """Tunes for each key, with measurements that take a while, and logs who ran what."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        fake = FakeGpu(monkeypatch, Path(folder))
+        fake = FakeGpu(monkeypatch, folder)
         fake.times = {label(RULE): 2.0, label(WIDE): 1.0}
 
-        def run(tiles: dict[str, int]) -> torch.Tensor:
-            with Path(log).open("a") as file:
+        def run(_config: dict[str, int]) -> torch.Tensor:
+            with log.open("a") as file:
                 file.write(f"{os.getpid()}\n")
             time.sleep(0.05)
             return torch.ones(1)
 
-        assert ask(key, candidates=lambda: [WIDE], run=run) == WIDE
+        barrier.wait(120)
+        for key in keys:
+            assert ask(key, candidates=lambda: [WIDE], run=run) == WIDE
 
 
 def test_processes_wait_for_each_other(tmp_path: Path) -> None:
-    """Two want one key, and one measures it; others' keys are not lost."""
+    """Both want one key, and one of them measures it; keys of the other are not lost."""
     spawn = multiprocessing.get_context("spawn")
-    log = tmp_path / "log"
-    keys = ["same", "same", "other"]
-    processes = [
-        spawn.Process(target=tune_in_a_process, args=(str(tmp_path / "cache"), str(log), key))
-        for key in keys
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    runs = log.read_text().split()
-    assert len(runs) == 4, "two candidates of two keys, each once"
-    assert len(set(runs)) == 2
-    assert [runs[0], runs[2]] * 2 == [runs[1], runs[3], runs[0], runs[2]], "one after the other"
-    (path,) = (tmp_path / "cache").rglob("*.json")
-    assert set(json.loads(path.read_text())["entries"]) == {"same", "other"}
+    barrier = spawn.Barrier(2)
+    shared = (tmp_path / "cache", tmp_path / "log")
+    other = spawn.Process(target=tune, args=(*shared, ("same", "theirs"), barrier))
+    other.start()
+    tune(*shared, ("same", "ours"), barrier)
+    other.join(120)
+    assert other.exitcode == 0
+    runs = shared[1].read_text().split()
+    assert len(runs) == 6, "two candidates of three keys, each once"
+    assert set(runs) == {str(os.getpid()), str(other.pid)}
+    assert runs[::2] == runs[1::2], "one after the other"
+    (path,) = shared[0].rglob("*.json")
+    assert set(json.loads(path.read_text())["entries"]) == {"same", "ours", "theirs"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -358,16 +356,16 @@ def test_on_a_real_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The loop itself, with torch's own kernels as candidates."""
     monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("OCTAVO_TUNE", raising=False)
-    monkeypatch.setattr(tuning, "_memory", {})
+    monkeypatch.setattr(autotune, "_memory", {})
     x = torch.randn(1 << 20, device="cuda")
     slow, quick = {"TIMES": 40}, {"TIMES": 1}
 
-    def run(tiles: dict[str, int]) -> torch.Tensor:
-        for _ in range(tiles["TIMES"]):
+    def run(config: dict[str, int]) -> torch.Tensor:
+        for _ in range(config["TIMES"]):
             y = x * 2
         return y
 
-    assert best("int8_gemm", "k", x.device, slow, lambda: [quick], run) == quick
+    assert best_config("int8_gemm", "k", x.device, slow, lambda: [quick], run) == quick
     (path,) = tmp_path.rglob("*.json")
     entry = json.loads(path.read_text())["entries"]["k"]
     assert entry["microseconds"]["TIMES=40"] > 5 * entry["microseconds"]["TIMES=1"] > 0

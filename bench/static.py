@@ -34,6 +34,7 @@ from bench.aot import (
 from bench.results_file import RESULTS, write_results
 
 OPERATORS = (
+    "add_norm",
     "depthwise_conv2d",
     "depthwise_separable_conv2d",
     "dynamic_quantize",

@@ -36,6 +36,7 @@ OPERATORS = (
     "depthwise_separable_conv2d",
     "linear_attention",
     "linear_attention_step",
+    "add_norm",
 )
 """Operators with cases, each in octavo/kernels/<operator>/cases.py."""
 ELSEWHERE = {"linear_attention_step": "linear_attention.step_cases"}

@@ -43,6 +43,7 @@ SHAPES = {
     "depthwise_separable_conv2d": ("2x8x9x12x3x1", "2x8x9 to 12", "torch fp32 NHWC"),
     "linear_attention": ("2x40x2x16", "2x40x2x16", "SDPA (softmax)"),
     "linear_attention_step": ("2x3x16", "2x3x16", "torch einsum"),
+    "add_norm": ("3x64", "3x64", "torch eager"),
 }
 """Operator -> a small shape, how the table calls it, and what torch offers for it."""
 

@@ -26,6 +26,7 @@ SHAPES = {
     "depthwise_separable_conv2d": (3, 17, 9, 12, 3, 1),
     "linear_attention": (9, 40, 2, 16),
     "linear_attention_step": (9, 2, 16),
+    "add_norm": (17, 96),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 

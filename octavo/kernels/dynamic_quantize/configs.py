@@ -23,7 +23,7 @@ def default_config(m: int, k: int) -> dict[str, int]:
     With ROWS several whole rows, without it one row in blocks.
     """
     if k > FITS:
-        return {"BLOCK": 8192, "num_warps": 16 if m < PROGRAMS else 8}
+        return {"BLOCK": 8192, "num_warps": 32 if m < PROGRAMS else 8}
     block, rows = _power_of_2(k), 1
     while rows * block < TILE and -(-m // (2 * rows)) >= PROGRAMS:
         rows *= 2

@@ -107,7 +107,7 @@ def quantize(
             work = made[""].layer
         elif graph.layers:
             work = graph.apply(work if made else None)
-            made.update(graph.made)
+            made.update(graph.results)
         compile_libraries(work, shown)
         swaps = [_describe(choice, made, reasons) for choice in choices]
         summary = SwapSummary(tuple(swaps), before, held_bytes(work))

@@ -11,9 +11,9 @@ from octavo.kernels.common.convolution import Window
 from octavo.kernels.depthwise_conv2d.configs import (
     candidates,
     default_config,
+    divisor,
     loaded_pixels,
     scattered,
-    unit,
 )
 from octavo.kernels.depthwise_separable_conv2d import configs as separable
 
@@ -144,8 +144,16 @@ def test_what_the_separable_rule_moves(shape: tuple[int, int, int, int], size: i
 
 
 def test_what_the_compiler_is_told_of_sizes() -> None:
-    """It sees multiples of 16 by itself; a vector of others is as long as the unit allows."""
-    assert [unit(size) for size in (1, 3, 72, 100, 120, 128, 960)] == [1, 1, 8, 4, 8, 1, 1]
+    """It sees multiples of 16 by itself; a vector of others is as long as the divisor allows."""
+    assert [divisor(size) for size in (1, 3, 72, 100, 120, 128, 960)] == [
+        1,
+        1,
+        8,
+        4,
+        8,
+        1,
+        1,
+    ]
     assert not any(scattered(size, 2) for size in (1, 16, 72, 100, 6))
     assert [scattered(size, 1) for size in (1, 2, 6, 4, 100, 120)] == [False, True, True] + [
         False

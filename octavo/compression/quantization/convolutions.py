@@ -41,7 +41,7 @@ class Int8Graph:
         fused: the float model, fused.
         layers: name of a module -> how it is quantized; empty where there are no convolutions.
         merged: the same name -> the parallel convolutions that the layer stands for.
-        made: name -> the INT8 layer, after `apply`.
+        results: name -> the INT8 layer, after `apply`.
         reasons: name of a convolution -> why it stays in float.
         detail: what was chosen for the layers, in words.
     """
@@ -51,7 +51,7 @@ class Int8Graph:
     fused: nn.Module | None = None
     layers: dict[str, LayerQParams] = field(default_factory=dict)
     merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    made: dict[str, LayerResult] = field(default_factory=dict)
+    results: dict[str, LayerResult] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     detail: str = "per-tensor scales"
 
@@ -65,11 +65,11 @@ class Int8Graph:
         assert fused is not None  # noqa: S101 - layers come with a fused model
         result, layers = to_int8(fused, self.layers)
         for name, layer in layers.items():
-            self.made[name] = LayerResult(layer, self.detail)
+            self.results[name] = LayerResult(layer, self.detail)
             for other in self.merged.get(name, ()):
                 if other != name:  # its weights are in that layer
                     detail = f"in one convolution with {name!r}"
-                    self.made[other] = LayerResult(nn.Identity(), detail)
+                    self.results[other] = LayerResult(nn.Identity(), detail)
         return result
 
 

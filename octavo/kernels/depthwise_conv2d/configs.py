@@ -11,11 +11,11 @@ from octavo.kernels.common.convolution import Window
 __all__ = [
     "candidates",
     "default_config",
+    "divisor",
     "loaded_pixels",
     "power_of_two",
     "scattered",
     "spread",
-    "unit",
 ]
 
 Config = dict[str, int]
@@ -112,7 +112,7 @@ def scattered(channels: int, size: int) -> bool:
     return channels > 1 and (channels & -channels) * size < 4
 
 
-def unit(size: int) -> int:
+def divisor(size: int) -> int:
     """The power of two that divides a size, where the compiler has to be told; else 1.
 
     It sees whether a size is a multiple of 16, and would load every byte of others apart.

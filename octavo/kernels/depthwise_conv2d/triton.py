@@ -14,7 +14,7 @@ import triton
 
 from octavo.kernels.common.convolution import Convolution
 from octavo.kernels.common.triton_launch import end_arguments, end_constants
-from octavo.kernels.depthwise_conv2d.configs import candidates, default_config, unit
+from octavo.kernels.depthwise_conv2d.configs import candidates, default_config, divisor
 from octavo.kernels.depthwise_conv2d.triton_depthwise import depthwise_kernel
 from octavo.kernels.dispatch.autotune import best_config, size_bucket
 
@@ -105,5 +105,5 @@ def _launch(
         x, weight, out, *end_arguments(c.epilogue, x), c.zero_point,
         batch * height * width, *window_arguments(x, c),
         **end_constants(c.epilogue), KH=c.window.kernel[0], KW=c.window.kernel[1],
-        UNIT=unit(channels), **config,
+        UNIT=divisor(channels), **config,
     )  # fmt: skip

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from octavo.kernels.common.convolution import Window
 from octavo.kernels.depthwise_conv2d.configs import (
     LINE,
+    divisor,
     loaded_pixels,
     power_of_two,
     scattered,
     spread,
-    unit,
 )
 
 __all__ = ["candidates", "default_config", "loaded_bytes", "pieces"]
@@ -102,7 +102,8 @@ def _config(
 ) -> Config:
     least = 32 // min(size, 2)  # what a step of a product takes: 32 codes, or 16 others
     block_n = max(16, min(power_of_two(outputs), most))
-    unaligned = scattered(channels, size) or unit(channels) > 1  # whose addresses take registers
+    # addresses of such channels take registers
+    unaligned = scattered(channels, size) or divisor(channels) > 1
     area = power_of_two(out_h) * power_of_two(out_w)
     height, width = spread(out_h, out_w, max(LEAST_PIXELS, min(pixels, area)))
     return {

@@ -14,7 +14,7 @@ import triton
 
 from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.common.triton_launch import end_arguments, end_constants
-from octavo.kernels.depthwise_conv2d.configs import unit
+from octavo.kernels.depthwise_conv2d.configs import divisor
 from octavo.kernels.depthwise_conv2d.triton import by_taps, window_arguments
 from octavo.kernels.depthwise_separable_conv2d.configs import candidates, default_config, pieces
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
@@ -105,7 +105,7 @@ def _launch(
         DW_CHANNEL=first.scale_w is not None and first.scale_w.ndim > 0,
         DW_BIAS=first.bias is not None, DW_ACTIVATION=first.activation,
         **end_constants(s.pointwise), KH=window.kernel[0], KW=window.kernel[1],
-        PIECES=pieces(config), UNIT=unit(x.shape[1]), UNIT_N=unit(outputs), **config,
+        PIECES=pieces(config), UNIT=divisor(x.shape[1]), UNIT_N=divisor(outputs), **config,
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ class _Int8Recurrent(QuantizedModule):
             data = x.data
         else:
             sequences = Padded(x, self.batch_first)
-            data = sequences.steps_first(x)
+            data = sequences.time_first(x)
         if data.shape[-1] != self.input_size:
             raise InputError(
                 f"x has {data.shape[-1]} features, and this layer takes {self.input_size}"

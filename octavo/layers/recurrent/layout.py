@@ -55,12 +55,12 @@ class Padded:
                 "[B, T, K]"
             )
         self._alone, self._turned = x.ndim == 2, x.ndim == 3 and batch_first
-        rows = self.steps_first(x)
+        rows = self.time_first(x)
         if rows.shape[0] == 0:
             raise InputError(f"x has shape {list(x.shape)}, a sequence of no steps; give one")
         self.batch = rows.shape[1]
 
-    def steps_first(self, x: torch.Tensor) -> torch.Tensor:
+    def time_first(self, x: torch.Tensor) -> torch.Tensor:
         """[T, B, K]."""
         if self._alone:
             return x.unsqueeze(1)

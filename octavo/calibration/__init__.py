@@ -2,6 +2,7 @@
 
 from octavo.calibration.calibrate import CalibrationOptions, calibrate_graph
 from octavo.calibration.collect import OnnxCollector, TorchCollector
+from octavo.calibration.entries import TensorEntry
 from octavo.calibration.observers import (
     MSE,
     OBSERVERS,
@@ -12,7 +13,7 @@ from octavo.calibration.observers import (
     Percentile,
 )
 from octavo.calibration.statistics import TensorStatistics
-from octavo.calibration.table import CalibrationTable, TensorEntry
+from octavo.calibration.table import CalibrationTable
 
 __all__ = [
     "MSE",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from octavo.core.arrays import Array
-from octavo.core.errors import CalibrationError, InputError
+from octavo.core.errors import CalibrationError, InputError, first_line
 
 __all__ = ["SUFFIXES", "ArrayFile", "open_arrays"]
 
@@ -62,10 +62,9 @@ def open_arrays(path: Path, inputs: Sequence[str]) -> ArrayFile:
     except InputError:
         raise
     except Exception as error:  # numpy, zipfile and safetensors raise a dozen kinds
-        text = str(error).splitlines()[0][:200] if str(error) else "no reason given"
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {text}); it is damaged, or not a "
-            f"{path.suffix} file of plain numbers: save the arrays again"
+            f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); it is damaged, "
+            f"or not a {path.suffix} file of plain numbers: save the arrays again"
         ) from error
     labels = None if LABELS in inputs else stored.pop(LABELS, None)
     arrays = _named(path, stored, inputs)

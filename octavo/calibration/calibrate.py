@@ -11,11 +11,12 @@ import onnx_ir as ir
 
 from octavo.calibration.collect import OnnxCollector, check_finite
 from octavo.calibration.distributed import broadcast_from_first, gather_statistics, process_group
+from octavo.calibration.entries import TensorEntry, WeightEntry, short_float
 from octavo.calibration.observers import OBSERVERS, observed_ranges
 from octavo.calibration.samples import HoldOutSplit
 from octavo.calibration.search import Candidate, Search
 from octavo.calibration.statistics import TensorStatistics
-from octavo.calibration.table import CalibrationTable, TensorEntry, WeightEntry, short_float
+from octavo.calibration.table import CalibrationTable
 from octavo.core.errors import CalibrationError, InputError, OctavoWarning
 from octavo.core.feeds import as_feeds, batch_size
 from octavo.core.progress import NoProgress, Progress

@@ -13,9 +13,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from octavo.calibration.entries import TensorEntry
 from octavo.calibration.observers import OBSERVERS, observed_ranges
 from octavo.calibration.statistics import TensorStatistics
-from octavo.calibration.table import CalibrationTable, TensorEntry
+from octavo.calibration.table import CalibrationTable
 from octavo.core.arrays import Array
 from octavo.core.errors import CalibrationError, InputError
 from octavo.core.feeds import as_feeds, batch_size, split_batch, to_numpy

@@ -123,7 +123,7 @@ def random_batches(
     allow_random: bool = False,
     seed: int = 0,
 ) -> Batches:
-    """LayerResult-up inputs, to try things out without data; scales found with them are worthless.
+    """Made-up inputs, to try things out without data; scales found with them are worthless.
 
     Args:
         model: an ONNX model or its path, or the inputs of any model.

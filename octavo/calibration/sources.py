@@ -12,7 +12,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from octavo.calibration.table import CalibrationTable, InputEntry
+from octavo.calibration.entries import InputEntry
+from octavo.calibration.table import CalibrationTable
 from octavo.core.errors import CalibrationError, InputError
 from octavo.export import export_torch, fingerprint, load_onnx, module_ports
 from octavo.export.torch_export import Inputs, TorchExport, torch_fingerprint

@@ -6,223 +6,33 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
-from octavo.calibration.histogram import Histogram
-from octavo.calibration.statistics import TensorStatistics
+from octavo.calibration.entries import (
+    Count,
+    Frozen,
+    InputEntry,
+    PositiveFloat,
+    TensorEntry,
+    WeightEntry,
+)
 from octavo.core.errors import ArtifactError, CalibrationError
 from octavo.core.files import atomic_write
 from octavo.core.results import TensorHistogram, Trial
 from octavo.core.version import __version__
 from octavo.export.qdq import QuantSpec
-from octavo.quant import QTYPES, PerChannel, PerTensor, QParams, qparams_from_range
 
 __all__ = ["SCHEMA_VERSION", "CalibrationTable", "InputEntry", "TensorEntry", "WeightEntry"]
 
 SCHEMA_VERSION = 1
-SUMMARY_BINS = 128
 
-PositiveFloat = Annotated[float, Field(gt=0, le=3.4e38, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-
-class HistogramSummary(_Frozen):
-    """A tensor's histogram in 2 x 128 bins, from -2**exponent to 2**exponent."""
-
-    exponent: Annotated[int, Field(ge=-200, le=200)]
-    counts: Annotated[
-        tuple[Count, ...], Field(min_length=2 * SUMMARY_BINS, max_length=2 * SUMMARY_BINS)
-    ]
-
-    @classmethod
-    def of(cls, histogram: Histogram) -> HistogramSummary:
-        """The summary of a histogram."""
-        counts = histogram.coarse(SUMMARY_BINS).counts
-        return cls(exponent=histogram.exponent, counts=tuple(int(count) for count in counts))
-
-    def histogram(self) -> Histogram:
-        """The summary as a histogram of 128 bins a side."""
-        return Histogram(self.exponent, np.array(self.counts, dtype=np.int64))
-
-
-class TensorEntry(_Frozen):
-    """One activation tensor.
-
-    Attributes:
-        dtype: "int8" (symmetric) or "uint8" (affine).
-        scale: real value of one step, float32.
-        zero_point: code of 0.0.
-        observer: which observer chose the range.
-        low: smallest value seen.
-        high: largest value seen.
-        count: number of values seen.
-        aliases: names of the same tensor in the module tree.
-        histogram: what the values looked like.
-    """
-
-    dtype: Literal["int8", "uint8"]
-    scale: PositiveFloat
-    zero_point: int = 0
-    observer: str
-    low: FiniteFloat
-    high: FiniteFloat
-    count: Count
-    aliases: tuple[str, ...] = ()
-    histogram: HistogramSummary | None = None
-
-    @model_validator(mode="after")
-    def _zero_point_fits(self) -> TensorEntry:
-        kind = QTYPES[self.dtype]
-        fits = self.zero_point == 0 if kind.symmetric else kind.qmin <= self.zero_point <= kind.qmax
-        if not fits:
-            raise ValueError(f"zero_point {self.zero_point} does not fit {self.dtype}")
-        if np.float32(self.scale) == 0:
-            raise ValueError(f"scale {self.scale} is zero in float32")
-        return self
-
-    @property
-    def qparams(self) -> QParams:
-        """How the tensor is quantized."""
-        return QParams(
-            torch.tensor(self.scale, dtype=torch.float32),
-            torch.tensor(self.zero_point, dtype=torch.int32),
-            QTYPES[self.dtype],
-        )
-
-    @property
-    def real_range(self) -> tuple[float, float]:
-        """Real values of the smallest and the largest code."""
-        kind = QTYPES[self.dtype]
-        low, high = kind.qmin - self.zero_point, kind.qmax - self.zero_point
-        return low * self.scale, high * self.scale
-
-    @classmethod
-    def of(
-        cls,
-        statistics: TensorStatistics,
-        qparams: QParams,
-        observer: str,
-        aliases: Iterable[str] = (),
-    ) -> TensorEntry:
-        """An entry from what was seen and what was chosen."""
-        return cls.model_validate(
-            {
-                "dtype": qparams.dtype.name,
-                "scale": short_float(float(qparams.scale)),
-                "zero_point": int(qparams.zero_point),
-                "observer": observer,
-                "low": statistics.low if statistics.count else 0.0,
-                "high": statistics.high if statistics.count else 0.0,
-                "count": statistics.count,
-                "aliases": tuple(aliases),
-                "histogram": HistogramSummary.of(statistics.histogram),
-            }
-        )
-
-
-class WeightEntry(_Frozen):
-    """Scales of one int8 weight, after equalization.
-
-    Attributes:
-        axis: output-channel axis; None for one scale.
-        scale: one number a channel.
-    """
-
-    axis: Annotated[int, Field(ge=0, lt=64)] | None
-    scale: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _scales_fit(self) -> WeightEntry:
-        if self.axis is None and len(self.scale) != 1:
-            raise ValueError(f"{len(self.scale)} scales without an axis")
-        zeros = [scale for scale in self.scale if np.float32(scale) == 0]
-        if zeros:
-            raise ValueError(f"scale {zeros[0]} is zero in float32")
-        return self
-
-    @property
-    def qparams(self) -> QParams:
-        """How the weight is quantized."""
-        scale = torch.tensor(self.scale, dtype=torch.float32)
-        granularity = PerTensor() if self.axis is None else PerChannel(self.axis)
-        scale = scale.reshape(()) if self.axis is None else scale
-        return QParams(
-            scale, torch.zeros_like(scale, dtype=torch.int32), QTYPES["int8"], granularity
-        )
-
-    @classmethod
-    def of(cls, qparams: QParams) -> WeightEntry:
-        """An entry from parameters."""
-        return cls(
-            axis=qparams.axis, scale=tuple(map(short_float, qparams.scale.reshape(-1).tolist()))
-        )
-
-
-class InputEntry(_Frozen):
-    """One input that a module was exported with, so that it can be exported again.
-
-    Attributes:
-        dtype: of torch, such as "float32".
-        shape: as it was given.
-        largest: of an input of integers or booleans the largest value given.
-        keyword: whether it was given by name.
-    """
-
-    dtype: str
-    shape: tuple[Count, ...]
-    largest: int = 0
-    keyword: bool = False
-
-    @model_validator(mode="after")
-    def _dtype_is_known(self) -> InputEntry:
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"{self.dtype!r} is no dtype of torch")
-        return self
-
-    def example(self) -> torch.Tensor:
-        """A tensor of the kind: the same one each time, of normal or of the largest values."""
-        dtype = getattr(torch, self.dtype)
-        if dtype.is_floating_point or dtype.is_complex:
-            generator = torch.Generator().manual_seed(0)
-            return torch.randn(self.shape, generator=generator).to(dtype)
-        return torch.full(self.shape, self.largest).to(dtype)
-
-    @classmethod
-    def of(cls, example: Any) -> dict[str, InputEntry]:
-        """Entries for the inputs of a call; none where something else than tensors is among them.
-
-        Args:
-            example: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        """
-        keyword = isinstance(example, Mapping)
-        parts = list(example) if isinstance(example, (tuple, list)) else [example]
-        given = dict(example) if keyword else {str(i): part for i, part in enumerate(parts)}
-        if not all(isinstance(one, torch.Tensor) for one in given.values()):
-            return {}
-        return {name: cls._of_tensor(one, keyword) for name, one in given.items()}
-
-    @classmethod
-    def _of_tensor(cls, tensor: torch.Tensor, keyword: bool) -> InputEntry:
-        counts = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0
-        return cls(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            largest=int(tensor.max()) if counts else 0,
-            keyword=keyword,
-        )
-
-
-class CalibrationTable(_Frozen):
+class CalibrationTable(Frozen):
     """What calibration found out about one model; immutable.
 
     Attributes:
@@ -374,9 +184,7 @@ class CalibrationTable(_Frozen):
                 )
         merged = dict(other.tensors)
         for name, entry in self.tensors.items():
-            merged[name] = (
-                _merge_entries(name, entry, other.tensors[name]) if name in merged else entry
-            )
+            merged[name] = entry.merge(merged[name], name) if name in merged else entry
         return self.model_copy(
             update={
                 "tensors": merged,
@@ -389,63 +197,12 @@ class CalibrationTable(_Frozen):
 
     def histograms(self, names: Iterable[str]) -> tuple[TensorHistogram, ...]:
         """Histograms and chosen ranges of tensors, for a report."""
-        found = []
-        for name in names:
-            entry = self.tensors[name]
-            if entry.histogram is None:
-                continue
-            histogram = entry.histogram.histogram()
-            found.append(
-                TensorHistogram(
-                    name=name,
-                    edges=tuple(histogram.edges.tolist()),
-                    counts=entry.histogram.counts,
-                    low=entry.real_range[0],
-                    high=entry.real_range[1],
-                    observer=entry.observer,
-                )
-            )
-        return tuple(found)
-
-
-def short_float(value: float) -> float:
-    """The number of fewest digits that is the same in float32, so that tables stay small."""
-    return float(str(np.float32(value)))
+        found = [self.tensors[name].for_report(name) for name in names]
+        return tuple(one for one in found if one is not None)
 
 
 class _Header(BaseModel):
     schema_version: int
-
-
-def _merge_entries(name: str, one: TensorEntry, two: TensorEntry) -> TensorEntry:
-    if one.dtype != two.dtype:
-        raise CalibrationError(
-            f"tensor {name!r} is {one.dtype} in one table and {two.dtype} in the other; calibrate "
-            "both with one dtype"
-        )
-    histogram = None
-    if one.histogram is not None and two.histogram is not None:
-        total = one.histogram.histogram()
-        total.merge(two.histogram.histogram())
-        counts = tuple(int(count) for count in total.counts)
-        histogram = HistogramSummary(exponent=total.exponent, counts=counts)
-    if one.dtype == "int8":  # the ends are -128 and 127 steps; keep the wider step as it is
-        scale, zero_point = max(one.scale, two.scale), 0
-    else:
-        low = min(one.real_range[0], two.real_range[0], 0.0)
-        high = max(one.real_range[1], two.real_range[1], 0.0)
-        wider = qparams_from_range(low, high, one.dtype)
-        scale, zero_point = short_float(float(wider.scale)), int(wider.zero_point)
-    update: dict[str, Any] = {
-        "scale": scale,
-        "zero_point": zero_point,
-        "low": min(one.low, two.low),
-        "high": max(one.high, two.high),
-        "count": one.count + two.count,
-        "observer": one.observer if one.observer == two.observer else "mixed",
-        "histogram": histogram,
-    }
-    return one.model_copy(update=update)
 
 
 def _reason(error: ValidationError) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "OctavoError",
     "OctavoWarning",
     "UnsupportedError",
+    "first_line",
 ]
 
 
@@ -53,3 +54,9 @@ class MissingDependencyError(OctavoError, ImportError):
 
 class OctavoWarning(UserWarning):
     """Something that the user should know, and that does not stop the work."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in short; its kind where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

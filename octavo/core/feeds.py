@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from octavo.core.arrays import Array
-from octavo.core.errors import InputError
+from octavo.core.errors import InputError, first_line
 from octavo.core.results import TensorSpec
 
 __all__ = ["as_feeds", "batch_size", "check_array", "split_batch", "to_numpy"]
@@ -105,7 +105,7 @@ def to_numpy(value: Any, where: str) -> Array:
         except (TypeError, RuntimeError) as error:  # float8, sparse, quantized, meta, ...
             raise InputError(
                 f"{where} is {value.dtype} of layout {value.layout} on {value.device}, which numpy "
-                f"cannot hold ({str(error).splitlines()[0][:200]}); give a dense tensor of a "
+                f"cannot hold ({first_line(error)}); give a dense tensor of a "
                 "plain type"
             ) from error
         return array

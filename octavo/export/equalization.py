@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from octavo.core.arrays import Array, Float32
+from octavo.core.arrays import Float32
 from octavo.core.errors import InputError
-from octavo.export.constants import set_constant
+from octavo.export.editing import constant, only_user, set_constant
 from octavo.export.placement import Placement, QuantizedLayer
 
 __all__ = ["Chain", "clamp_bounds", "equalize", "find_chains"]
@@ -51,9 +51,11 @@ def find_chains(model: ir.Model, placement: Placement) -> tuple[Chain, ...]:
     nodes = {node.name: node for node in model.graph}
     chains = []
     for layer in layers.values():
+        if layer.op == "MatMul" or layer.weight_axis is None:
+            continue
         value = nodes[layer.name].outputs[0]
         bound: float | None = None
-        while (user := _only_user(value)) is not None and user.op_type in CLAMPS:
+        while (user := only_user(value)) is not None:
             bounds = clamp_bounds(user)
             if bounds is None or bounds[0] not in (0.0, -np.inf):
                 break
@@ -64,12 +66,9 @@ def find_chains(model: ir.Model, placement: Placement) -> tuple[Chain, ...]:
         readers = tuple(layers[use.name] for use in users if use.name in layers)
         if not users or value.is_graph_output() or len(readers) != len(users):
             continue
-        if layer.op == "MatMul" or layer.weight_axis is None:
-            continue
         if any(reader.op not in ("Conv", "Gemm") for reader in readers):
             continue
-        depthwise = all(_is_depthwise(model, nodes[reader.name]) for reader in readers)
-        chains.append(Chain(value.name or "", layer, readers, bound, depthwise))
+        chains.append(Chain(value.name or "", layer, readers, bound, all(map(_depthwise, users))))
     return tuple(chains)
 
 
@@ -90,9 +89,13 @@ def equalize(model: ir.Model, placement: Placement, factors: Mapping[str, Sequen
         if name not in chains:
             raise InputError(f"tensor {name!r} does not lie between two layers of this model")
         chain, factor = chains[name], np.asarray(values, dtype=np.float32)
-        _scale_outputs(model, nodes[chain.producer.name], chain.producer, factor)
+        node = nodes[chain.producer.name]
+        _scale_weight(model, node, chain.producer, factor, of_inputs=False)
+        if chain.producer.bias is not None:
+            _replace(model, node, 2, constant(node.inputs[2]) * factor)
         for reader in chain.consumers:
-            _scale_inputs(model, nodes[reader.name], reader, (1 / factor).astype(np.float32))
+            inverse = (1 / factor).astype(np.float32)
+            _scale_weight(model, nodes[reader.name], reader, inverse, of_inputs=True)
 
 
 def clamp_bounds(node: ir.Node) -> tuple[float, float] | None:
@@ -103,93 +106,38 @@ def clamp_bounds(node: ir.Node) -> tuple[float, float] | None:
         return None
     bounds = [-np.inf, np.inf]
     for index, value in enumerate(node.inputs[1:3]):
-        if value is None:
-            continue
-        if value.const_value is None:
+        if value is not None and value.const_value is None:
             return None
-        bounds[index] = float(value.const_value.numpy())
+        if value is not None:
+            bounds[index] = float(constant(value))
     return bounds[0], bounds[1]
 
 
-def _only_user(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+def _depthwise(node: ir.Node) -> bool:
+    grouped = node.op_type == "Conv" and node.attributes.get_int("group", 1) != 1
+    return grouped and constant(node.inputs[1]).shape[1] == 1
 
 
-def _is_depthwise(model: ir.Model, node: ir.Node) -> bool:
-    weight = model.graph.initializers[node.inputs[1].name or ""] if node.inputs[1] else None
-    if node.op_type != "Conv" or weight is None or weight.shape is None:
-        return False
-    group = node.attributes.get_int("group", 1) or 1
-    return group > 1 and weight.shape[1] == 1
-
-
-def _array(model: ir.Model, name: str) -> Array:
-    tensor = model.graph.initializers[name].const_value
-    if tensor is None:
-        raise InputError(f"weight {name!r} has no value")
-    return tensor.numpy()
-
-
-def _write(
-    model: ir.Model,
-    node: ir.Node,
-    index: int,
-    array: Float32,
+def _scale_weight(
+    model: ir.Model, node: ir.Node, layer: QuantizedLayer, factor: Float32, *, of_inputs: bool
 ) -> None:
-    """Replaces a constant input; a constant that others read too is copied first."""
-    value = node.inputs[index]
-    if value is None:
-        raise InputError(f"node {node.name} has no input {index}")
-    set_constant(model, node, index, array.astype(np.float32), f"{value.name}:{node.name}")
-
-
-def _scale_outputs(
-    model: ir.Model,
-    node: ir.Node,
-    layer: QuantizedLayer,
-    factor: Float32,
-) -> None:
-    value = node.inputs[1]
-    weight = _array(model, value.name or "" if value else "")
-    group = node.attributes.get_int("group", 1) or 1
-    axis = 0 if node.op_type == "Conv" else layer.weight_axis
-    if axis is None or (group != 1 and node.op_type == "ConvTranspose"):
-        raise InputError(f"layer {layer.name} cannot be equalized")
-    _check(factor, weight.shape[axis], layer)
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    _write(model, node, 1, weight * factor.reshape(shape))
-    if layer.bias is not None:
-        bias = node.inputs[2]
-        _write(model, node, 2, _array(model, bias.name or "" if bias else "") * factor)
-
-
-def _scale_inputs(
-    model: ir.Model,
-    node: ir.Node,
-    layer: QuantizedLayer,
-    factor: Float32,
-) -> None:
-    value = node.inputs[1]
-    weight = _array(model, value.name or "" if value else "")
-    if node.op_type == "Gemm":
-        axis = 1 if node.attributes.get_int("transB", 0) else 0
-        _check(factor, weight.shape[axis], layer)
-        _write(model, node, 1, weight * (factor if axis == 1 else factor[:, None]))
-        return
-    group = node.attributes.get_int("group", 1) or 1
-    inputs = weight.shape[1]  # channels each group reads
-    _check(factor, group * inputs, layer)
-    outputs = weight.shape[0] // group
-    per_output = factor.reshape(group, 1, inputs).repeat(outputs, axis=1)
-    shape = (weight.shape[0], inputs) + (1,) * (weight.ndim - 2)
-    _write(model, node, 1, weight * per_output.reshape(shape))
-
-
-def _check(factor: Float32, channels: int, layer: QuantizedLayer) -> None:
+    """Multiplies a weight by a factor for each channel of the layer's inputs or outputs."""
+    axis = layer.weight_axis or 0
+    weight = np.moveaxis(constant(node.inputs[1]), axis, 0)
+    group = (node.attributes.get_int("group", 1) or 1) if of_inputs else 1
+    outputs, inputs = weight.shape[0] // group, weight.shape[1]  # of each group
+    channels = group * inputs if of_inputs else outputs
     if factor.shape != (channels,) or not np.all(np.isfinite(factor) & (factor > 0)):
         raise InputError(
             f"{layer.name} has {channels} channels and needs as many positive factors, "
             f"not {factor.size}"
         )
+    by = factor.reshape((group, 1, inputs, 1) if of_inputs else (1, outputs, 1, 1))
+    scaled = (weight.reshape(group, outputs, inputs, -1) * by).reshape(weight.shape)
+    _replace(model, node, 1, np.moveaxis(scaled, 0, axis))
+
+
+def _replace(model: ir.Model, node: ir.Node, index: int, array: Float32) -> None:
+    old = node.inputs[index]
+    name = f"{old and old.name}:{node.name}"
+    set_constant(model, node, index, array.astype(np.float32), name)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnx_ir import passes
 from onnx_ir.passes import common
 
-from octavo.core.errors import ArtifactError, ExportError
+from octavo.core.errors import ArtifactError, ExportError, first_line
 from octavo.core.files import atomic_path
 from octavo.core.results import TensorSpec
 
@@ -65,7 +66,7 @@ def load_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
         model = ir.load(path)
         nodes = len(model.graph)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a broken file
-        raise ArtifactError(f"{path} is not a readable ONNX model: {_first_line(error)}") from error
+        raise ArtifactError(f"{path} is not a readable ONNX model: {first_line(error)}") from error
     if not nodes:
         raise ArtifactError(f"{path} holds no nodes; it is empty or not an ONNX model")
     return prepare(model)
@@ -97,7 +98,7 @@ def prepare(model: ir.Model) -> ir.Model:
         rewriter.rewrite(model)
     except Exception as error:  # the simplifier raises whatever its rules raise
         raise ExportError(
-            f"the model could not be simplified: {_first_line(error)}; check it with onnx.checker"
+            f"the model could not be simplified: {first_line(error)}; check it with onnx.checker"
         ) from error
     passes.Sequential(
         common.IdentityEliminationPass(),
@@ -152,10 +153,7 @@ def serialize(model: ir.Model) -> bytes:
             f"the model has {size_bytes(model):,} bytes of weights, more than one protobuf file "
             "can hold; save it with external data"
         )
-    inline = model.clone()
-    for value in inline.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
+    inline = ir.external_data.load_to_model(model.clone())
     message: bytes = ir.to_proto(inline).SerializeToString(deterministic=True)
     return message
 
@@ -212,16 +210,12 @@ def node_scopes(node: ir.Node) -> list[str]:
     """Paths of the modules that a node lies in, outermost first; empty if not known."""
     import ast
 
-    text = node.metadata_props.get(SCOPES)
-    if not text:
-        return []
     try:
-        scopes = ast.literal_eval(text)
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
-    if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-        return []
-    return scopes[:-1]  # the last one is the node itself
+    known = isinstance(scopes, list) and all(isinstance(scope, str) for scope in scopes)
+    return scopes[:-1] if known else []  # the last one is the node itself
 
 
 def _spec(value: ir.Value) -> TensorSpec:
@@ -229,15 +223,13 @@ def _spec(value: ir.Value) -> TensorSpec:
         raise ExportError(
             f"the shape or type of {value.name!r} is not known; run onnx.shape_inference first"
         )
-    axes: list[int | str] = []
-    for index, axis in enumerate(value.shape):
-        if isinstance(axis, int):
-            axes.append(axis)
-        else:
-            # nothing says that unknown axes are equal, but the first one is the batch
-            unknown = f"{value.name}.axis{index}" if index else "axis0"
-            axes.append(axis.value if axis.value is not None else unknown)
-    return TensorSpec(value.name or "", tuple(axes), str(value.dtype.numpy()))
+    axes: list[int | str | None] = [
+        axis if isinstance(axis, int) else axis.value for axis in value.shape
+    ]
+    # nothing says that unknown axes are equal, but the first one is the batch
+    unknown = ["axis0", *(f"{value.name}.axis{index}" for index in range(1, len(axes)))]
+    shape = tuple(name if axis is None else axis for axis, name in zip(axes, unknown, strict=False))
+    return TensorSpec(value.name or "", shape, str(value.dtype.numpy()))
 
 
 def _check_nodes(model: ir.Model) -> None:
@@ -271,7 +263,7 @@ def _check_nodes(model: ir.Model) -> None:
             onnx.checker.check_node(ir.to_proto(node), context)
         except onnx.checker.ValidationError as error:
             raise ArtifactError(
-                f"the ONNX model is broken at {label}: {_first_line(error)}; export it again"
+                f"the ONNX model is broken at {label}: {first_line(error)}; export it again"
             ) from error
 
 
@@ -291,22 +283,16 @@ def _lift_opset(model: ir.Model) -> ir.Model:
             return model
         raise ExportError(
             f"opset {version} has no per-channel QuantizeLinear and could not be lifted to "
-            f"{TARGET_OPSET}: {_first_line(error)}; export the model with opset 17 or newer"
+            f"{TARGET_OPSET}: {first_line(error)}; export the model with opset 17 or newer"
         ) from error
 
 
 def _copy_scopes(source: ir.Graph, target: ir.Graph) -> None:
     """Gives nodes the module scopes of the nodes that make the same tensors."""
-    scopes = {
-        value.name: node.metadata_props[SCOPES]
-        for node in source
-        for value in node.outputs
-        if SCOPES in node.metadata_props
-    }
+    scopes = {node.outputs[0].name: node.metadata_props.get(SCOPES) for node in source}
     for node in target:
-        found = [scopes[value.name] for value in node.outputs if value.name in scopes]
-        if found:
-            node.metadata_props[SCOPES] = found[0]
+        if text := scopes.get(node.outputs[0].name):
+            node.metadata_props[SCOPES] = text
 
 
 def _name_transposed(graph: ir.Graph) -> None:
@@ -321,42 +307,18 @@ def _name_transposed(graph: ir.Graph) -> None:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    model.metadata_props.clear()
-    model.doc_string = None
     graph = model.graph
-    graph.metadata_props.clear()
-    graph.doc_string = None
+    described: list[Any] = [model, graph, *graph.inputs, *graph.initializers.values()]
     for node in graph.all_nodes():
-        scopes = node.metadata_props.get(SCOPES)
-        node.metadata_props.clear()
-        node.doc_string = None
-        if scopes:
-            node.metadata_props[SCOPES] = scopes
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*graph.inputs, *graph.initializers.values()):
-        value.metadata_props.clear()
+        described += [node, *node.outputs]
+    for one in described:
+        kept = {key: text for key, text in one.metadata_props.items() if key == SCOPES}
+        one.metadata_props.clear()
+        one.metadata_props.update(kept)
+        one.doc_string = None
 
 
 def _name_nodes(graph: ir.Graph) -> None:
     """Names each node after its first output, which is unique and stays when others change."""
     for node in graph:
         node.name = f"{node.op_type}:{next(value.name for value in node.outputs if value.name)}"
-
-
-def rename_axes(model: ir.Model, names: Mapping[str, str]) -> None:
-    """Renames dynamic axes everywhere in the graph, in place."""
-    graph = model.graph
-    values = [*graph.inputs]
-    for node in graph:
-        values.extend(node.outputs)
-    for value in values:
-        if value.shape is not None and not value.shape.frozen:
-            for index, axis in enumerate(value.shape):
-                if not isinstance(axis, int) and axis.value is not None and axis.value in names:
-                    value.shape[index] = names[axis.value]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn import functional
 
 from octavo.core.arrays import Array
 from octavo.core.errors import BuildError, UnsupportedError
@@ -26,6 +27,12 @@ __all__ = ["kernel_dtypes", "make_session", "probe_dtypes"]
 REQUANTIZES = "WeightBiasQuantization"
 """An optimizer that gives float weights between quantized tensors int8 codes of its own, with one
 scale for all channels, where a layer was left in float."""
+PROBES: tuple[Any, ...] = (
+    ("Conv", (1, 64, 4, 4), (64, 64, 1, 1), 2),
+    ("Conv", (1, 32, 3, 3), (32, 1, 3, 3), 1, 32),
+    ("Gemm", (4, 64), (32, 64), 0),
+)
+"""Layers that processors are tried on: see `_probe`."""
 
 
 def make_session(
@@ -58,12 +65,9 @@ def make_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
-    source: Any = serialize(model) if isinstance(model, ir.Model) else model
-    if isinstance(source, Path):
-        source = str(source)
     try:
         return onnxruntime.InferenceSession(
-            source,
+            serialize(model) if isinstance(model, ir.Model) else model,
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=[REQUANTIZES],
@@ -100,50 +104,33 @@ def kernel_dtypes() -> KernelDtypes:
 
 def probe_dtypes(form: KernelDtypes) -> bool:
     """Whether INT8 layers in this form give exact sums for the largest codes there are."""
-    return all(
-        np.array_equal(_run(graph, feeds, form), expected)
-        for graph, feeds, expected in (_pointwise(), _depthwise(), _dense())
-    )
+    return all(_is_exact(form, *case) for case in PROBES)
 
 
-def _run(graph: onnx.ModelProto, feeds: Mapping[str, Array], form: KernelDtypes) -> Array:
+def _is_exact(form: KernelDtypes, *case: Any) -> bool:
+    graph, feeds, expected = _probe(*case)
     lowered = lower_for_onnxruntime(ir.from_proto(graph), form)
-    result: Array = make_session(lowered.model, threads=1).run(None, dict(feeds))[0]
-    return result
+    return np.array_equal(make_session(lowered.model, threads=1).run(None, feeds)[0], expected)
 
 
-def _pointwise() -> tuple[onnx.ModelProto, dict[str, Array], Array]:
-    channels = 64
-    x = np.full((1, channels, 4, 4), 127, dtype=np.float32)
-    x[:, :, ::2] = -128
-    w = np.full((channels, channels, 1, 1), 127, dtype=np.int8)
-    w[1::2] = -127
-    exact = np.einsum("nchw,oc->nohw", x.astype(np.int64), w[:, :, 0, 0].astype(np.int64))
-    return _layer("Conv", x, w, exact)
-
-
-def _depthwise() -> tuple[onnx.ModelProto, dict[str, Array], Array]:
-    channels = 32
-    x = np.full((1, channels, 3, 3), 127, dtype=np.float32)
-    x[:, ::2] = -128
-    w = np.full((channels, 1, 3, 3), 127, dtype=np.int8)
-    w[1::3] = -127
-    exact = (x.astype(np.int64) * w[:, 0].astype(np.int64)).sum((2, 3), keepdims=True)
-    return _layer("Conv", x, w, exact, group=channels)
-
-
-def _dense() -> tuple[onnx.ModelProto, dict[str, Array], Array]:
-    x = np.full((4, 64), 127, dtype=np.float32)
-    x[::2] = -128
-    w = np.full((32, 64), 127, dtype=np.int8)
-    w[1::2] = -127
-    return _layer("Gemm", x, w, x.astype(np.int64) @ w.T.astype(np.int64), transB=1)
-
-
-def _layer(
-    op: str, x: Array, w: Array, exact: Array, **attributes: Any
+def _probe(
+    op: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...], axis: int, group: int = 1
 ) -> tuple[onnx.ModelProto, dict[str, Array], Array]:
-    """One layer with unit scales, whose exact result fits an int8 output of a large scale."""
+    """One layer of the largest codes with unit scales, its input, and its exact result.
+
+    The input's sign changes along `axis`, so that all products of a sum have the same. The result
+    fits an int8 output of a large scale.
+    """
+    x = np.full(x_shape, 127, dtype=np.float32)
+    np.moveaxis(x, axis, 0)[::2] = -128
+    w = np.full(w_shape, 127, dtype=np.int8)
+    w[1::3] = -127
+    real = torch.from_numpy(x).double(), torch.from_numpy(w).double()
+    attributes: dict[str, Any]
+    if op == "Gemm":
+        exact, attributes = functional.linear(*real).numpy(), {"transB": 1}
+    else:
+        exact, attributes = functional.conv2d(*real, groups=group).numpy(), {"group": group}
     step = np.float32(np.abs(exact).max() / 100)
     constants = {
         "one": np.float32(1),
@@ -169,5 +156,4 @@ def _layer(
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    expected = np.rint(exact.astype(np.float32) / step) * step
-    return model, {"x": x}, expected.astype(np.float32)
+    return model, {"x": x}, np.rint(exact.astype(np.float32) / step) * step

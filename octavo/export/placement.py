@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from octavo.core.errors import InputError
+from octavo.export.editing import is_constant, optional
+from octavo.export.pooling import over_pictures
 
 __all__ = ["Placement", "QuantizedLayer", "place"]
 
@@ -92,7 +94,7 @@ class _Placer:
         self.layers: dict[str, QuantizedLayer] = {}
         self.reasons: dict[str, str] = {}
         self.quantized: dict[str, ir.Value] = {}
-        self.parent: dict[str, str] = {}
+        self.sharing: dict[str, set[str]] = {}
 
     def run(self) -> Placement:
         excluded = {node.name or "" for node in self.nodes if self._excluded(node)}
@@ -107,16 +109,24 @@ class _Placer:
             if node.op_type == "Add" and node.name not in excluded:
                 self._residual(node)
         for node in self.nodes:
-            if node.op_type in AVERAGES and node.name not in excluded and _spatial(node):
-                source = node.inputs[0]
-                if source is not None and self._from_int8(source):
-                    self._require(source)
+            if node.op_type not in AVERAGES or node.name in excluded:
+                continue
+            source = node.inputs[0]
+            pictures = node.op_type != "ReduceMean" or over_pictures(node)
+            if pictures and source is not None and self._from_int8(source):
+                self._require(source)
         self._share_scales()
-        order = {node.name: index for index, node in enumerate(self.nodes)}
+        order = {node.name or "": index for index, node in enumerate(self.nodes)}
+        made = {value.name: order[node.name or ""] for node in self.nodes for value in node.outputs}
+        tensors = sorted(self.quantized, key=lambda name: made.get(name, -1))
+        shared = [self.sharing.get(name, {name}) for name in tensors]
+        groups = dict.fromkeys(
+            tuple(name for name in tensors if name in names) for names in shared if len(names) > 1
+        )
         return Placement(
             layers=tuple(sorted(self.layers.values(), key=lambda layer: order[layer.name])),
-            tensors={name: self._readers(value) for name, value in self._in_order().items()},
-            groups=self._groups(),
+            tensors={name: self._readers(self.quantized[name]) for name in tensors},
+            groups=tuple(groups),
             reasons=self.reasons,
         )
 
@@ -145,7 +155,9 @@ class _Placer:
         left, right = node.inputs
         if left is None or right is None or not (_is_float(left) and _is_float(right)):
             return
-        if _constant(left) or _constant(right) or not _same_shape(left, right):
+        if is_constant(left) or is_constant(right):
+            return
+        if left.shape is not None and right.shape is not None and left.shape != right.shape:
             return
         if not (self._from_int8(left) and self._from_int8(right)):
             return
@@ -179,11 +191,16 @@ class _Placer:
             outputs = [value for value in node.outputs if value.name in self.quantized]
             inputs = list(node.inputs) if node.op_type == "Concat" else list(node.inputs[:1])
             sources = [value for value in inputs if value is not None]
-            if not outputs or not all(_is_float(v) and not _constant(v) for v in sources):
+            if not outputs or not all(_is_float(v) and not is_constant(v) for v in sources):
                 continue
             for value in (*sources, *filter(_is_float, node.outputs)):  # MaxPool also gives indices
                 self._require(value)
-                self._union(value.name or "", outputs[0].name or "")
+                self._share(value.name or "", outputs[0].name or "")
+
+    def _share(self, left: str, right: str) -> None:
+        one, two = (self.sharing.setdefault(name, {name}) for name in (left, right))
+        self.sharing.update(dict.fromkeys(one | two, one))
+        one |= two
 
     def _readers(self, value: ir.Value) -> tuple[str, ...]:
         """Which nodes read the pair instead of the float tensor.
@@ -203,50 +220,28 @@ class _Placer:
                 names.append(name)
         return tuple(dict.fromkeys(names))
 
-    def _in_order(self) -> dict[str, ir.Value]:
-        order: dict[str, int] = {}
-        for index, node in enumerate(self.nodes):
-            for value in node.outputs:
-                order[value.name or ""] = index
-        return dict(sorted(self.quantized.items(), key=lambda item: order.get(item[0], -1)))
-
-    def _find(self, name: str) -> str:
-        while self.parent.setdefault(name, name) != name:
-            self.parent[name] = self.parent[self.parent[name]]
-            name = self.parent[name]
-        return name
-
-    def _union(self, left: str, right: str) -> None:
-        self.parent[self._find(left)] = self._find(right)
-
-    def _groups(self) -> tuple[tuple[str, ...], ...]:
-        groups: dict[str, list[str]] = {}
-        for name in self._in_order():
-            groups.setdefault(self._find(name), []).append(name)
-        return tuple(tuple(names) for names in groups.values() if len(names) > 1)
-
 
 def _convolution(node: ir.Node) -> QuantizedLayer | str:
     weight = node.inputs[1]
-    if weight is None or not _constant(weight):
+    if weight is None or not is_constant(weight):
         return "its weights are not constant"
     axis: int | None = 0
     if node.op_type == "ConvTranspose":
         grouped = node.attributes.get_int("group", 1) != 1
         axis = None if grouped else 1
-    return _layer(node, weight, axis, node.inputs[2] if len(node.inputs) > 2 else None)
+    return _layer(node, weight, axis, optional(node, 2))
 
 
 def _gemm(node: ir.Node) -> QuantizedLayer | str:
     weight = node.inputs[1]
-    if weight is None or not _constant(weight):
+    if weight is None or not is_constant(weight):
         return "its weights are not constant"
     attributes = node.attributes
     if attributes.get_int("transA", 0) or attributes.get_float("alpha", 1.0) != 1.0:
         return "Gemm with transA or alpha has no INT8 kernel"
     if attributes.get_float("beta", 1.0) != 1.0:
         return "Gemm with beta has no INT8 kernel"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = optional(node, 2)
     if bias is not None and bias.shape is not None and any(n != 1 for n in bias.shape[:-1]):
         return "its bias differs from row to row"
     axis = 0 if attributes.get_int("transB", 0) else 1
@@ -255,9 +250,9 @@ def _gemm(node: ir.Node) -> QuantizedLayer | str:
 
 def _matmul(node: ir.Node) -> QuantizedLayer | str:
     left, right = node.inputs
-    if left is None or right is None or _constant(left):
+    if left is None or right is None or is_constant(left):
         return "its left side is a constant"
-    if _constant(right):
+    if is_constant(right):
         flat = right.shape is not None and len(right.shape) == 2
         return _layer(node, right, 1 if flat else None, _added_constant(node))
     if not (_is_float(left) and _is_float(right)):
@@ -278,11 +273,11 @@ def _layer(
     node: ir.Node, weight: ir.Value, axis: int | None, bias: ir.Value | None
 ) -> QuantizedLayer | str:
     source = node.inputs[0]
-    if source is None or _constant(source):
+    if source is None or is_constant(source):
         return "its input is a constant"
     if not _is_float(source) or not _is_float(weight):
         return f"it computes in {weight.dtype.name.lower() if weight.dtype else 'an unknown type'}"
-    if bias is not None and not _constant(bias):
+    if bias is not None and not is_constant(bias):
         return "its bias is not constant"
     return QuantizedLayer(
         name=node.name or "",
@@ -302,7 +297,7 @@ def _added_constant(node: ir.Node) -> ir.Value | None:
         return None
     other = uses[0].node.inputs[1 - uses[0].idx]
     weight = node.inputs[1]
-    if other is None or weight is None or not _constant(other) or other.shape is None:
+    if other is None or weight is None or not is_constant(other) or other.shape is None:
         return None
     return other if list(other.shape) == list(weight.shape or ())[1:][-1:] else None
 
@@ -322,24 +317,5 @@ def _reaches(value: ir.Value, hit: Callable[[ir.Node], bool]) -> bool:
     return False
 
 
-def _constant(value: ir.Value) -> bool:
-    return value.is_initializer() or value.const_value is not None
-
-
 def _is_float(value: ir.Value) -> bool:
     return value.dtype in (ir.DataType.FLOAT, None)
-
-
-def _same_shape(left: ir.Value, right: ir.Value) -> bool:
-    return left.shape is None or right.shape is None or list(left.shape) == list(right.shape)
-
-
-def _spatial(node: ir.Node) -> bool:
-    """Whether an averaging node works on the last two axes of a picture."""
-    if node.op_type != "ReduceMean":
-        return True
-    axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] else None
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    if axes is None or shape is None or len(shape) != 4:
-        return False
-    return sorted(int(axis) % 4 for axis in axes.numpy().ravel()) == [2, 3]

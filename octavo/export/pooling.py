@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from octavo.export.constants import constant
+from octavo.export.editing import constant, is_constant, new_node, only_user, optional, producer
 from octavo.quant.requantize import mean_fits
 
-__all__ = ["average_integers", "averages_pictures"]
+__all__ = ["average_integers", "averages_pictures", "over_pictures"]
+
+
+def over_pictures(node: ir.Node) -> bool:
+    """Whether a ReduceMean goes over the last two of four axes."""
+    source, axes = node.inputs[0], optional(node, 1)
+    if source is None or source.shape is None or len(source.shape) != 4:
+        return False
+    if not is_constant(axes):
+        return False
+    return sorted(int(axis) % 4 for axis in constant(axes).ravel()) == [2, 3]
 
 
 def averages_pictures(node: ir.Node) -> bool:
     """Whether a node is the mean over the last two of four axes, which it keeps at length 1."""
-    source = node.inputs[0] if node.inputs else None
-    if node.op_type != "ReduceMean" or source is None or source.shape is None:
-        return False
-    axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] else None
-    if axes is None or len(source.shape) != 4 or not node.attributes.get_int("keepdims", 1):
-        return False
-    return sorted(int(axis) % 4 for axis in axes.numpy().ravel()) == [2, 3]
+    mean = node.op_type == "ReduceMean" and over_pictures(node)
+    return mean and node.attributes.get_int("keepdims", 1) == 1
 
 
 def average_integers(model: ir.Model, node: ir.Node) -> None:
@@ -34,17 +39,16 @@ def average_integers(model: ir.Model, node: ir.Node) -> None:
         ExportError: a scale that is not a constant.
     """
     result = node.outputs[0]
-    users = [user for user, _ in result.uses()]
-    source = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if source is None or source.op_type != "DequantizeLinear" or result.is_graph_output():
+    source, reader = producer(node), only_user(result)
+    if source is None or source.op_type != "DequantizeLinear":
         return
-    if len(users) != 1 or users[0].op_type != "QuantizeLinear":
+    if reader is None or reader.op_type != "QuantizeLinear":
         return
-    if not mean_fits(*(float(constant(end.inputs[1])) for end in (source, users[0]))):
+    if not mean_fits(*(float(constant(end.inputs[1])) for end in (source, reader))):
         return
-    pool = ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name)
-    pool.outputs[0].name = f"{result.name}.pool"
-    pool.outputs[0].type, pool.outputs[0].shape = result.type, result.shape
+    inputs, output = node.inputs[:1], f"{result.name}.pool"
+    pool = new_node("GlobalAveragePool", inputs, output, result.dtype, result.shape)
+    pool.name = node.name
     model.graph.insert_before(node, pool)
-    users[0].replace_input_with(0, pool.outputs[0])
+    reader.replace_input_with(0, pool.outputs[0])
     model.graph.remove(node, safe=True)

@@ -9,10 +9,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from octavo.core.errors import ExportError
-from octavo.export.constants import initializer
+from octavo.export.editing import initializer, new_node
 
 __all__ = ["float16_overflows", "to_float16"]
 
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = 65504.0
 """The largest finite float16."""
 ROOM = 2.0
@@ -70,7 +71,7 @@ def float16_overflows(model: ir.Model, peaks: Mapping[str, float]) -> dict[str, 
                 continue
             constant = value.const_value
             peak = peaks.get(value.name or "", 0.0) * ROOM
-            if constant is not None and value.dtype == ir.DataType.FLOAT and constant.size:
+            if constant is not None and value.dtype == FLOAT and constant.size:
                 magnitude = np.abs(constant.numpy())
                 peak = float(magnitude[np.isfinite(magnitude)].max(initial=0.0))
             if peak > LARGEST:
@@ -93,17 +94,17 @@ class _Caster:
                 )
             known = node.domain in ("", "ai.onnx") and node.op_type not in FLOAT32_NODES
             half = known and node.name not in self.keep
-            target = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+            target = HALF if half else FLOAT
             fixed = FLOAT32_INPUTS.get(node.op_type, frozenset())
             for index, value in enumerate(node.inputs):
-                if value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-                    wanted = ir.DataType.FLOAT if index in fixed else target
+                if value is not None and value.dtype in (FLOAT, HALF):
+                    wanted = FLOAT if index in fixed else target
                     node.replace_input_with(index, self._as(value, wanted, node))
-            if node.op_type == "Cast":
-                self._retarget(node, target)
+            if node.op_type == "Cast" and node.attributes.get_int("to", 0) == FLOAT.value:
+                node.attributes["to"] = ir.AttrInt64("to", target.value)
             for value in node.outputs:
-                if value.dtype == ir.DataType.FLOAT and half:
-                    value.type = ir.TensorType(ir.DataType.FLOAT16)
+                if value.dtype == FLOAT and half:
+                    value.type = ir.TensorType(HALF)
         self._outputs()
 
     def _as(self, value: ir.Value, dtype: ir.DataType, user: ir.Node) -> ir.Value:
@@ -112,37 +113,26 @@ class _Caster:
             return value
         key = (value.name or "", dtype)
         if key not in self.cast:
-            suffix = "half" if dtype == ir.DataType.FLOAT16 else "float"
+            suffix = "half" if dtype == HALF else "float"
             name = f"{value.name}.{suffix}"
             if value.const_value is not None:
                 array = value.const_value.numpy().astype(dtype.numpy())
                 self.cast[key] = initializer(self.model, name, array)
             else:
-                node = ir.node("Cast", [value], attributes={"to": dtype.value}, name=f"Cast:{name}")
-                node.outputs[0].name = name
-                node.outputs[0].type = ir.TensorType(dtype)
-                node.outputs[0].shape = value.shape
+                node = new_node("Cast", [value], name, dtype, value.shape, to=dtype.value)
                 self.model.graph.insert_before(user, node)
                 self.cast[key] = node.outputs[0]
         return self.cast[key]
-
-    def _retarget(self, node: ir.Node, target: ir.DataType) -> None:
-        """A Cast to float32 that the model had itself now casts to what its readers take."""
-        if node.attributes.get_int("to", 0) == ir.DataType.FLOAT.value:
-            node.attributes["to"] = ir.AttrInt64("to", target.value)
 
     def _outputs(self) -> None:
         """Casts outputs back to float32, under their own names."""
         graph = self.model.graph
         for index, value in enumerate(graph.outputs):
             producer = value.producer()
-            if value.dtype != ir.DataType.FLOAT16 or producer is None:
+            if value.dtype != HALF or producer is None:
                 continue
             name = value.name or ""
             value.name = f"{name}.half"
-            cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT.value})
-            cast.name, cast.outputs[0].name = f"Cast:{name}", name
-            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            cast.outputs[0].shape = value.shape
+            cast = new_node("Cast", [value], name, FLOAT, value.shape, to=FLOAT.value)
             graph.append(cast)
             graph.outputs[index] = cast.outputs[0]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from octavo.core.arrays import Array, Float32
-from octavo.core.errors import ExportError, InputError
-from octavo.export.constants import initializer, set_constant
+from octavo.core.errors import InputError
+from octavo.export.editing import constant, initializer, new_node, optional, set_constant
 from octavo.export.equalization import equalize
 from octavo.export.placement import Placement, QuantizedLayer, place
 from octavo.quant import PerTensor, QParams
@@ -28,6 +29,7 @@ __all__ = [
 
 INTEGER_BIAS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 """Layers whose bias the engine adds in the accumulator."""
+FLOAT = ir.DataType.FLOAT
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,18 @@ def layer_constants(node: ir.Node, layer: QuantizedLayer) -> tuple[Array, Array 
     Args:
         node: of the layer, in a graph that `adjust_weights` made.
         layer: as `place` found it before.
-
-    Raises:
-        ExportError: the weight is not a constant.
     """
-    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-    if layer.op == "MatMul" and layer.bias is not None:
-        adder = next(user for user, _ in node.outputs[0].uses())
-        bias = next(value for value in adder.inputs if value and value.is_initializer())
-    if weight is None or weight.const_value is None:
-        raise ExportError(f"the weight of {layer.name} is not a constant")
-    if bias is None or bias.const_value is None:
-        return weight.const_value.numpy(), None
-    return weight.const_value.numpy(), bias.const_value.numpy()
+    adder, index = _bias_input(node, layer)
+    bias = optional(adder, index)
+    return constant(node.inputs[1]), None if bias is None else constant(bias)
+
+
+def _bias_input(node: ir.Node, layer: QuantizedLayer) -> tuple[ir.Node, int]:
+    """The node that adds a layer's bias, and which of its inputs that is."""
+    if layer.op != "MatMul" or layer.bias is None:
+        return node, 2
+    adder = next(user for user, _ in node.outputs[0].uses())
+    return adder, next(i for i, v in enumerate(adder.inputs) if v is not None and v.const_value)
 
 
 def add_to_bias(
@@ -128,20 +129,16 @@ def add_to_bias(
     delta: Float32,
 ) -> None:
     """Adds a number a channel to a layer's bias, in place; makes a bias where there is none."""
-    if layer.op == "MatMul":
-        if layer.bias is None:
-            raise InputError(f"{layer.name} has no bias to correct")
-        adder = next(user for user, _ in node.outputs[0].uses())
-        position = next(i for i, v in enumerate(adder.inputs) if v and v.name == layer.bias)
-        node = adder
-    else:
-        position = 2
-    old = node.inputs[position] if len(node.inputs) > position else None
-    known = old.const_value.numpy() if old is not None and old.const_value is not None else None
-    if known is not None and known.size not in (1, delta.size):
-        raise InputError(f"{layer.name} has {known.size} biases, not {delta.size}")
-    total = (delta if known is None else known.reshape(-1) + delta).astype(np.float32)
-    set_constant(model, node, position, total, f"{layer.output}.bias")
+    if layer.op == "MatMul" and layer.bias is None:
+        raise InputError(f"{layer.name} has no bias to correct")
+    node, index = _bias_input(node, layer)
+    old = optional(node, index)
+    if old is not None:
+        known = constant(old).reshape(-1)
+        if known.size not in (1, delta.size):
+            raise InputError(f"{layer.name} has {known.size} biases, not {delta.size}")
+        delta = (known + delta).astype(np.float32)
+    set_constant(model, node, index, delta, f"{layer.output}.bias")
 
 
 def insert_qdq(
@@ -190,33 +187,33 @@ def insert_qdq(
         readers = set(placement.tensors[name]) - set(reasons)
         if readers:
             _pair(copy, values[name], qparams, readers)
-    _remove_unused(copy)
+    common.RemoveUnusedNodesPass()(copy)
     return QdqModel(copy, tuple(layers), weights, reasons)
 
 
 def _quantize_constants(
     model: ir.Model, node: ir.Node, layer: QuantizedLayer, source: QParams, half_scales: bool
 ) -> QParams:
-    weight = node.inputs[1]
-    bias = node.inputs[2] if layer.op in INTEGER_BIAS and len(node.inputs) > 2 else None
+    weight, bias = node.inputs[1], optional(node, 2) if layer.op in INTEGER_BIAS else None
     quantized = quantize_weight(
-        _numpy(weight),
+        constant(weight),
         layer.weight_axis,
-        bias=None if bias is None else _numpy(bias),
+        bias=None if bias is None else constant(bias),
         input_scale=float(source.scale),
         half_scales=half_scales,
     )
-    base = f"{weight.name if weight else ''}"
+    base = f"{weight and weight.name}"
     if weight is not None and len(list(weight.uses())) > 1:
         base = f"{base}:{layer.output}"
-    codes = initializer(model, f"{base}.int8", quantized.values.numpy())
-    scale = initializer(model, f"{base}.scale", quantized.scale.numpy())
-    zero = initializer(model, f"{base}.zero_point", np.zeros(quantized.scale.shape, dtype=np.int8))
-    attributes = {} if layer.weight_axis is None else {"axis": layer.weight_axis}
-    dequantize = _node("DequantizeLinear", [codes, scale, zero], f"{base}.dq", attributes)
-    dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    if weight is not None:
-        dequantize.outputs[0].shape = weight.shape
+    arrays = {
+        "int8": quantized.values.numpy(),
+        "scale": quantized.scale.numpy(),
+        "zero_point": np.zeros(quantized.scale.shape, dtype=np.int8),
+    }
+    inputs = [initializer(model, f"{base}.{end}", array) for end, array in arrays.items()]
+    axis = {} if layer.weight_axis is None else {"axis": layer.weight_axis}
+    shape = ir.Shape(quantized.values.shape)
+    dequantize = new_node("DequantizeLinear", inputs, f"{base}.dq", FLOAT, shape, **axis)
     model.graph.insert_before(node, dequantize)
     node.replace_input_with(1, dequantize.outputs[0])
     if quantized.bias is not None:
@@ -228,42 +225,19 @@ def _quantize_constants(
 
 def _pair(model: ir.Model, value: ir.Value, qparams: QParams, readers: set[str]) -> None:
     """Puts one Q/DQ pair behind `value` for the nodes named in `readers`."""
-    name = value.name or ""
     uses = [(user, index) for user, index in value.uses() if user.name in readers]
-    integer = np.dtype(qparams.dtype.name)
-    scale = initializer(model, f"{name}.scale", qparams.scale.numpy())
-    zero = initializer(
-        model, f"{name}.zero_point", qparams.zero_point.numpy().astype(integer, copy=False)
+    integer = ir.DataType[qparams.dtype.name.upper()]
+    scale = initializer(model, f"{value.name}.scale", qparams.scale.numpy())
+    zero = qparams.zero_point.numpy().astype(integer.numpy())
+    ends = [scale, initializer(model, f"{value.name}.zero_point", zero)]
+    quantize = new_node("QuantizeLinear", [value, *ends], f"{value.name}.q", integer, value.shape)
+    dequantize = new_node(
+        "DequantizeLinear", [quantize.outputs[0], *ends], f"{value.name}.dq", FLOAT, value.shape
     )
-    quantize = _node("QuantizeLinear", [value, scale, zero], f"{name}.q")
-    dequantize = _node("DequantizeLinear", [quantize.outputs[0], scale, zero], f"{name}.dq")
-    quantize.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(integer))
-    dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    quantize.outputs[0].shape = dequantize.outputs[0].shape = value.shape
-    producer = value.producer()
-    if producer is not None:
-        model.graph.insert_after(producer, [quantize, dequantize])
+    maker = value.producer()
+    if maker is not None:
+        model.graph.insert_after(maker, [quantize, dequantize])
     else:
         model.graph.insert_before(model.graph[0], [quantize, dequantize])
     for user, index in uses:
         user.replace_input_with(index, dequantize.outputs[0])
-
-
-def _node(
-    op: str, inputs: Sequence[ir.Value], output: str, attributes: Mapping[str, int] | None = None
-) -> ir.Node:
-    node = ir.node(op, inputs, attributes=dict(attributes or {}), name=f"{op}:{output}")
-    node.outputs[0].name = output
-    return node
-
-
-def _numpy(value: ir.Value | None) -> Array:
-    if value is None or value.const_value is None:
-        raise InputError(f"{value.name if value else 'an input'} is not a constant")
-    return value.const_value.numpy()
-
-
-def _remove_unused(model: ir.Model) -> None:
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)

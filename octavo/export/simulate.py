@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from octavo.core.errors import ExportError
+from octavo.export.editing import only_user
 from octavo.export.equalization import clamp_bounds
 from octavo.export.integer_modules import FakeQuantize, IntegerAdd, IntegerLayer, IntegerMean
 from octavo.export.placement import Placement, QuantizedLayer, place
@@ -54,11 +55,7 @@ def simulate(
     if not isinstance(module, fx.GraphModule):
         raise ExportError(f"the exported program is a {type(module).__name__}, not a graph")
     return _Simulator(module, model, spec.activations).run(
-        [
-            layer
-            for layer in placement.layers
-            if all(name in spec.activations for name in layer.activations)
-        ],
+        [one for one in placement.layers if set(one.activations) <= set(spec.activations)],
         placement.tensors,
     )
 
@@ -71,16 +68,17 @@ class _Simulator:
         self.model = model
         self.activations = activations
         self.values = ir.convenience.create_value_mapping(model.graph)
-        self.nodes = {node.name: node for node in module.graph.nodes}
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in module.graph.nodes}
 
     def run(
         self, layers: list[QuantizedLayer], readers: Mapping[str, tuple[str, ...]]
     ) -> fx.GraphModule:
         for index, layer in enumerate(layers):
+            target = self._target(self.values[layer.output])
             if layer.weight is not None:
                 self._replace_layer(f"octavo_layer_{index}", layer)
-            elif layer.op == "Add" and self._target(self.values[layer.output]) is not None:
-                self._replace_add(f"octavo_layer_{index}", layer)
+            elif layer.op == "Add" and target is not None:
+                self._replace_add(f"octavo_layer_{index}", layer, target)
             else:
                 self._quantize_inputs(f"octavo_input_{index}", layer)
         for index, pool in enumerate(filter(averages_pictures, self.model.graph)):
@@ -118,15 +116,12 @@ class _Simulator:
             target=self._target(self.values[output.name]),
             channel_axis=1 if layer.op in ("Conv", "ConvTranspose") else -1,
         )
-        self._replace(name, module, output, (arguments[0],))
+        self._replace(name, module, output, arguments[0])
 
-    def _replace_add(self, name: str, layer: QuantizedLayer) -> None:
-        target = self._target(self.values[layer.output])
+    def _replace_add(self, name: str, layer: QuantizedLayer, target: QParams) -> None:
         left, right = (self.activations[source] for source in layer.activations)
-        if target is None:
-            raise ExportError(f"the output of {layer.name} has no scale")
         sources = tuple(self._origin(source) for source in layer.activations)
-        self._replace(name, IntegerAdd(left, right, target), self._named(layer), sources)
+        self._replace(name, IntegerAdd(left, right, target), self._named(layer), *sources)
 
     def _replace_mean(
         self, name: str, node: ir.Node, readers: Mapping[str, tuple[str, ...]]
@@ -143,14 +138,15 @@ class _Simulator:
         ):
             return
         mean, origin = self._origin(names[1]), self._origin(names[0])
-        self._replace(name, IntegerMean(source, target), mean, (origin,))
+        self._replace(name, IntegerMean(source, target), mean, origin)
 
-    def _replace(
-        self, name: str, module: nn.Module, node: fx.Node, sources: tuple[Any, ...]
-    ) -> None:
+    def _call(self, name: str, module: nn.Module, *sources: Any) -> fx.Node:
         self.module.add_submodule(name, module)
+        return self.module.graph.call_module(name, sources)
+
+    def _replace(self, name: str, module: nn.Module, node: fx.Node, *sources: Any) -> None:
         with self.module.graph.inserting_before(node):
-            call = self.module.graph.call_module(name, sources)
+            call = self._call(name, module, *sources)
         # later lookups by the tensor's name must find the new node
         self.nodes[node.name] = call
         node.replace_all_uses_with(call)
@@ -160,43 +156,37 @@ class _Simulator:
         node = self._named(layer)
         for index, source in enumerate(layer.activations):
             origin = self._origin(source)
-            self.module.add_submodule(f"{name}_{index}", FakeQuantize(self.activations[source]))
             with self.module.graph.inserting_before(node):
-                call = self.module.graph.call_module(f"{name}_{index}", (origin,))
+                call = self._call(f"{name}_{index}", FakeQuantize(self.activations[source]), origin)
             node.replace_input_with(origin, call)
 
     def _origin(self, tensor: str) -> fx.Node:
         if tensor not in self.nodes:
-            raise ExportError(f"tensor {tensor!r} is not in the exported program")
-        node: fx.Node = self.nodes[tensor]
-        return node
+            raise ExportError(
+                f"tensor {tensor!r} has no counterpart in the exported program; exclude its layer, "
+                "or simulate the ONNX graph instead"
+            )
+        return self.nodes[tensor]
 
     def _quantize_everywhere(self, name: str, node: fx.Node, qparams: QParams) -> None:
         users = [user for user in node.users if user.op != "output"]
-        self.module.add_submodule(name, FakeQuantize(qparams))
         with self.module.graph.inserting_after(node):
-            call = self.module.graph.call_module(name, (node,))
+            call = self._call(name, FakeQuantize(qparams), node)
         for user in users:
             user.replace_input_with(node, call)
 
     def _named(self, layer: QuantizedLayer) -> fx.Node:
         """The node that gives a layer's result, its bias included."""
-        name = layer.output
         if layer.op == "MatMul" and layer.bias is not None:
-            name = next(user for user, _ in self.values[name].uses()).outputs[0].name or ""
-        if name not in self.nodes:
-            raise ExportError(
-                f"layer {layer.name} has no counterpart in the exported program; exclude it, or "
-                "simulate the ONNX graph instead"
-            )
-        node: fx.Node = self.nodes[name]
-        return node
+            adder = next(user for user, _ in self.values[layer.output].uses())
+            return self._origin(adder.outputs[0].name or "")
+        return self._origin(layer.output)
 
     def _target(self, value: ir.Value) -> QParams | None:
         """How a layer's output is quantized, through the clamps that follow it."""
         while value.name not in self.activations:
-            uses = list(value.uses())
-            if len(uses) != 1 or clamp_bounds(uses[0].node) is None:
+            user = only_user(value)
+            if user is None or clamp_bounds(user) is None:
                 return None
-            value = uses[0].node.outputs[0]
+            value = user.outputs[0]
         return self.activations[value.name or ""]

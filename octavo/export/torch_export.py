@@ -17,8 +17,9 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from octavo.core.errors import ExportError, InputError
+from octavo.core.models import evaluating
 from octavo.core.quiet import quiet
-from octavo.export.onnx_model import module_of, node_scopes, prepare, rename_axes
+from octavo.export.onnx_model import module_of, node_scopes, prepare
 
 __all__ = ["TorchExport", "export_torch", "module_ports", "torch_fingerprint"]
 
@@ -62,7 +63,7 @@ def export_torch(
     _check_arguments(module, args, kwargs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, _row_major, (args, kwargs))
     try:
-        with evaluation_mode(module), _contiguous(module), _without_remarks(), torch.no_grad():
+        with evaluating(module), _contiguous(module), _without_remarks():
             program = torch.onnx.export(
                 module,
                 args,
@@ -76,21 +77,8 @@ def export_torch(
         raise ExportError(_export_message(module, error, dynamic_batch)) from error
     if program is None or program.exported_program is None:
         raise ExportError(f"torch.onnx gave no program for {type(module).__name__}")
-    model = program.model
-    _name_batch_axis(model)
-    return TorchExport(prepare(model), program.exported_program)
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode, and every part of it back into its own mode after."""
-    training = {name: part.training for name, part in module.named_modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for name, part in module.named_modules():
-            part.training = training[name]
+    _name_batch_axis(program.model.graph)
+    return TorchExport(prepare(program.model), program.exported_program)
 
 
 @contextlib.contextmanager
@@ -215,13 +203,18 @@ def _two_samples(
     return tuple(map(two, args)), {key: two(x) for key, x in kwargs.items()}, shapes
 
 
-def _name_batch_axis(model: ir.Model) -> None:
-    for value in model.graph.inputs:
-        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
-            symbol = value.shape[0].value
-            if symbol is not None:
-                rename_axes(model, {symbol: "batch"})
-            return
+def _name_batch_axis(graph: ir.Graph) -> None:
+    """Calls the first dynamic leading axis "batch", wherever it is."""
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    shapes = [value.shape for value in values if value.shape is not None]
+    leading = (shape[0] for shape in shapes[: len(graph.inputs)] if len(shape))
+    batch = next(
+        (axis for axis in leading if isinstance(axis, ir.SymbolicDim) and axis.value), None
+    )
+    for shape in shapes:
+        for index, axis in enumerate(shape):
+            if batch is not None and axis == batch:
+                shape[index] = "batch"
 
 
 @contextlib.contextmanager

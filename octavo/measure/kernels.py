@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from octavo.core.errors import InputError
+from octavo.core.errors import InputError, first_line
 
 __all__ = ["KernelTime", "kernel_times"]
 
@@ -207,6 +207,5 @@ def _captured(call: Callable[[], object], repeat: int) -> torch.cuda.CUDAGraph |
                 call()
     except RuntimeError as error:
         torch.cuda.synchronize()  # raises when more than the capture is broken
-        lines = str(error).splitlines() or [type(error).__name__]
-        return f"cannot be captured: {lines[0]}"
+        return f"cannot be captured: {first_line(error)}"
     return captured

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from octavo.core.errors import first_line
 from octavo.measure.kernels import kernel_times
 
 __all__ = ["Limits", "measure_limits"]
@@ -75,7 +76,7 @@ def measure_limits(
         try:
             took = _time(_product(rate, length, device), device, seconds)
         except (RuntimeError, NotImplementedError) as error:
-            absent[rate] = (str(error).splitlines() or [type(error).__name__])[0]
+            absent[rate] = first_line(error)
             continue
         tops[rate] = 2 * length**3 / took / 1e6
     return Limits(2 * count / (copy * 1e3), tops, absent)

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 from tiny_models import cnn, cnn_table
 
 from octavo import __version__
+from octavo.calibration.entries import HistogramSummary, TensorEntry, WeightEntry, short_float
 from octavo.calibration.histogram import Histogram
 from octavo.calibration.statistics import TensorStatistics
-from octavo.calibration.table import (
-    CalibrationTable,
-    HistogramSummary,
-    TensorEntry,
-    WeightEntry,
-    short_float,
-)
+from octavo.calibration.table import CalibrationTable
 from octavo.core.errors import ArtifactError, CalibrationError
 from octavo.core.results import Trial
 from octavo.export import fingerprint, load_onnx, place

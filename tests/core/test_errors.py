@@ -4,7 +4,11 @@ import pytest
 
 from octavo.core import errors
 
-RAISED = [getattr(errors, name) for name in errors.__all__ if name != "OctavoWarning"]
+RAISED = [
+    value
+    for value in vars(errors).values()
+    if isinstance(value, type) and not issubclass(value, Warning)
+]
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: error.__name__)
@@ -27,4 +31,16 @@ def test_a_warning_is_not_an_error() -> None:
 
 def test_all_names_every_class() -> None:
     defined = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert defined == set(errors.__all__)
+    assert defined <= set(errors.__all__)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  no such node\nat line 3"), "no such node"),
+        (KeyError(), "KeyError"),
+        (ValueError("x" * 400), "x" * 300),
+    ],
+)
+def test_what_another_library_says_in_one_line(error: Exception, line: str) -> None:
+    assert errors.first_line(error) == line

@@ -54,8 +54,8 @@ def _variant(
     residual: bool = False,
     architectures: tuple[int, ...] = (),
 ) -> Variant:
-    from octavo.kernels.depthwise_conv2d.configs import unit
-    from octavo.kernels.depthwise_separable_conv2d.configs import pieces
+    from octavo.kernels.common.configs import pieces
+    from octavo.kernels.depthwise_conv2d.configs import divisor
 
     aligned = [name for name, size in zip("CN", sizes, strict=True) if size % 16 == 0 and not least]
     pointers = dict.fromkeys(("x_ptr", "dw_ptr", "pw_ptr", "out_ptr", "residual_ptr"), f"*{x}")
@@ -77,8 +77,8 @@ def _variant(
         "RAW": False,
         "ACTIVATION": "hardswish",
         "PIECES": pieces(config),
-        "UNIT": unit(sizes[0]),
-        "UNIT_N": unit(sizes[1]),
+        "UNIT": divisor(sizes[0]),
+        "UNIT_N": divisor(sizes[1]),
     }
     numbers |= dict.fromkeys(("M", *ZERO_POINTS), "i32")
     if least:

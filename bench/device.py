@@ -7,7 +7,7 @@ through the registered cases, the most important first: compiles the tuning cand
 processes, tunes, checks and measures each case beside its peers, until the time is up. DIR gets
 
     results/<gpu>.json and .csv   rows, choices, failures, and what was left out
-    configs/<operator>/<gpu>.json tuned tiles; they belong into octavo/kernels/<operator>/configs
+    configs/<operator>/<gpu>.json tuned; they belong into octavo/kernels/<operator>/configs
     tests-*.txt, log.jsonl        what the tests printed, and what happened to each case
 
 The files are written after every batch, so a command that is stopped loses little. It returns 1

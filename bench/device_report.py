@@ -1,4 +1,4 @@
-"""What `bench.device` writes and prints: results, tuned tiles, and a short table."""
+"""What `bench.device` writes and prints: results, tuned configurations, and a short table."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ def save(run: Run) -> None:
     if found:
         write_csv(run.slug, results["rows"], out=run.out / "results")
     for operator in OPERATORS:
-        _save_tiles(run, operator)
+        _save_configs(run, operator)
 
 
-def _save_tiles(run: Run, operator: str) -> None:
-    """Tuned tiles in the form of the files that come with the package."""
+def _save_configs(run: Run, operator: str) -> None:
+    """Tuned configurations in the form of the files that come with the package."""
     folder = run.out / "cache" / "kernels" / run.slug
     entries: dict[str, Any] = {}
     facts: dict[str, str] = {}
-    for path in sorted(folder.glob(f"{operator}-tiles-*.json")):
+    for path in sorted(folder.glob(f"{operator}-configs-*.json")):
         document = json.loads(path.read_text())
         facts = document["facts"]
         entries |= {key: _short(entry) for key, entry in document["entries"].items()}
     if entries:
-        document = {"format": 1, "kind": "tiles", "facts": facts, "entries": entries}
+        document = {"format": 1, "kind": "configs", "facts": facts, "entries": entries}
         text = json.dumps(document, indent=1, sort_keys=True) + "\n"
         atomic_write(run.out / "configs" / operator / f"{run.slug}.json", text)
 

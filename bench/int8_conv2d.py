@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from bench.aot import ARCHITECTURES, UNLIKE, Variant, epilogue_types
+from octavo.kernels.common.configs import pieces
 from octavo.kernels.int8_conv2d.configs import Facts, candidates, default_config, folds
-from octavo.kernels.int8_gemm.configs import pieces
 
 SIZES = ("H", "W", "OUT_H", "OUT_W", "M", "residual_zero_point", "out_zero_point", "zero_point")
 HOPPER, SMALL = (9, 0), (8, 6)

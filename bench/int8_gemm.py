@@ -58,7 +58,7 @@ def _shapes(persistent: int) -> list[Mapping[str, int]]:
 
 def _end(config: Mapping[str, int], fused: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of the epilogue, and the fields of the tiles that kernels take."""
-    from octavo.kernels.int8_gemm.configs import pieces
+    from octavo.kernels.common.configs import pieces
 
     constants = {
         **EPILOGUE,

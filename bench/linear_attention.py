@@ -57,7 +57,7 @@ def _chunks(
         kernel, module = "states_kernel", "triton_chunks"
         constants |= {"FINAL": True, "BLOCK_D": padded(d)}
     else:
-        tokens, chosen = "qkv", default_config(1 << 16, 16, d, e, kind=kind, causal=causal)
+        tokens, chosen = "qkv", dict(default_config(1 << 16, 16, d, e, kind, causal))
         del chosen["CHUNK"]
         types |= {"out_ptr": f"*{kind}", "eps": "fp32"}
         constants["INITIAL"] = True

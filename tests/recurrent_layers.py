@@ -10,16 +10,13 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from octavo.kernels.dispatch.operator import forget_plans
-from octavo.kernels.recurrent import cells
 from octavo.kernels.recurrent import native as recurrent_native
-from octavo.kernels.recurrent.weights import packing_is_exact
 from octavo.layers import Int8GRU, Int8LSTM
 
 PAIRS = {"LSTM": (nn.LSTM, Int8LSTM), "GRU": (nn.GRU, Int8GRU)}
-ALGORITHMS = ("plain", "packed", "operator")
-WAYS = ("native", *ALGORITHMS)
+BACKENDS = ("native", "reference")
 every_kind = pytest.mark.parametrize("kind", PAIRS)
-every_way = pytest.mark.parametrize("way", WAYS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.RNNBase, Int8LSTM | Int8GRU]:
@@ -30,20 +27,17 @@ def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.RNNBase, Int8LSTM |
 
 def without_steps_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time steps run in torch; products and quantization may still be those in C."""
-    monkeypatch.setattr(recurrent_native.LIBRARY, "reason", lambda: "another way was asked for")
+    monkeypatch.setattr(recurrent_native.LIBRARY, "reason", lambda: "torch was asked for")
     forget_plans()
 
 
-def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every recurrent product in this way: in C, or by one of torch's algorithms."""
-    if way == "native":
+def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs time steps in C, or in torch."""
+    if backend == "native":
         if reason := recurrent_native.LIBRARY.reason():
             pytest.skip(reason)
         return
-    if way == "packed" and not packing_is_exact():
-        pytest.skip("FBGEMM is missing, or not exact on this processor")
     without_steps_in_c(monkeypatch)
-    monkeypatch.setattr(cells, "choose_algorithm", lambda *_: way)
 
 
 def flat(result: Any) -> list[torch.Tensor]:

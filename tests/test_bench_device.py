@@ -17,7 +17,7 @@ from bench import device, device_report, device_tests, device_worker, kernels
 from bench import plots as plots_module
 from bench.__main__ import names
 from octavo.kernels.cases import OPERATORS
-from octavo.kernels.dispatch.store import gpu_slug
+from octavo.kernels.dispatch.store import Table, gpu_slug
 
 ROOT = Path(device.__file__).parents[1]
 
@@ -271,19 +271,17 @@ def test_a_line_that_was_cut_is_passed_over(
     assert "a cut line in the log" in capsys.readouterr().out
 
 
-def test_tuned_tiles_take_the_packages_form(tmp_path: Path) -> None:
+def test_tuned_configs_take_the_packages_form(tmp_path: Path) -> None:
+    """From the file that tuning writes to one that the package reads."""
     run = fake_run(tmp_path)
-    table = tmp_path / "cache" / "kernels" / run.slug / "int8_gemm-tiles-abc.json"
-    table.parent.mkdir(parents=True)
+    folder = tmp_path / "cache" / "kernels" / run.slug
+    folder.mkdir(parents=True)
     facts = {"operator": "int8_gemm", "gpu": "g", "driver": "1"}
     entry = {"chosen": {"B": 1}, "microseconds": {"B=1": 2.0, "B=2": 3.0}, "failures": {"B=4": "x"}}
-    table.write_text(json.dumps({"facts": facts, "entries": {"k": entry}}))
+    Table(folder / "int8_gemm-configs-abc.json", "configs", facts).put("k", entry)
     device_report.save(run)
-    found = json.loads((tmp_path / "configs" / "int8_gemm" / f"{run.slug}.json").read_text())
-    assert found == {
-        "format": 1, "kind": "tiles", "facts": facts,
-        "entries": {"k": {"chosen": {"B": 1}, "microseconds": {"chosen": 2.0}}},
-    }  # fmt: skip
+    found = Table(tmp_path / "configs" / "int8_gemm" / f"{run.slug}.json", "configs", facts)
+    assert found.read() == {"k": {"chosen": {"B": 1}, "microseconds": {"chosen": 2.0}}}
 
 
 def test_the_plan_takes_every_operator_in_turn() -> None:

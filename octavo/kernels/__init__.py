@@ -2,6 +2,10 @@
 
 One folder per operator; each holds schema.py (the public function and all validation), reference.py
 and triton.py or native.py, which take the same arguments.
+
+A backend that is named runs a call or is refused. "auto" takes one that can run it: on a GPU it
+measures those that can, once for each shape bucket, and keeps the fastest; elsewhere their order
+decides. `explain` says who ran an operator last, and why the others did not.
 """
 
 from octavo.kernels.add_norm.schema import add_norm

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from octavo.core.errors import UnsupportedError
-from octavo.kernels.cases import Call, Case, cases_of
+from octavo.kernels.cases import Call, Case, cases_of, dtype_name
 from octavo.kernels.dispatch.select import explain
 from octavo.measure.kernels import KernelTime, kernel_times
 from octavo.measure.limits import Limits
@@ -91,34 +92,37 @@ def measure_case(
         torch.compiler.reset()
     arguments = case.make(device)
     compare, restore = case.check(arguments), case.keep(arguments)
+    baselines = cases_of(case.operator).baselines(case, arguments)
     calls = [
         *_own(case, arguments),
-        *cases_of(case.operator).baselines(case, arguments, compiled),
+        *baselines,
+        # another function is there for its time alone
+        *(_inductor(c, device) for c in baselines if compiled and math.isfinite(c.tolerance)),
         *(peers(case, arguments) if peers is not None else ()),
     ]
+    title = case.operator, case.name, "x".join(map(str, case.shape)), dtype_name(case.dtype)
     rows: list[Row] = []
-    timed: dict[str, Call] = {}
-    notes: dict[str, str] = {}
+    timed: dict[str, tuple[Call, Row]] = {}
     for call in calls:
         restore()
         reason = _reject(call, compare)
+        row = Row(*title, call.name, call.ours, note=reason)
         if reason:
-            rows.append(_blank(case, call, reason))
+            rows.append(row)
             continue
-        timed[call.name] = call
         if call.name == "octavo":
-            notes[call.name] = str(explain(case.operator))
+            row = replace(row, note=str(explain(case.operator)))
+        timed[call.name] = call, row
     for cache in caches if timed else ():
         times = kernel_times(
-            {name: call.run for name, call in timed.items()},
+            {name: call.run for name, (call, _) in timed.items()},
             device,
             cold=cache == "cold",
             samples=samples,
             seconds=seconds,
         )
         rows += [
-            _row(case, timed[name], cache, took, limits, notes.get(name, ""))
-            for name, took in times.items()
+            _with_times(*timed[name], case, cache, took, limits) for name, took in times.items()
         ]
     return rows
 
@@ -146,6 +150,13 @@ def _own(case: Case, arguments: Mapping[str, Any]) -> list[Call]:
     ]
 
 
+def _inductor(call: Call, device: torch.device) -> Call:
+    """What Inductor makes of a call; on a GPU with its own tuning, which takes a while."""
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    run: Callable[[], Any] = torch.compile(call.run, mode=mode, dynamic=False)
+    return replace(call, name=f"{call.name.removesuffix(' eager')} Inductor", run=run)
+
+
 def _reject(call: Call, compare: Callable[[Any, float], str]) -> str:
     """Why a call is not timed, or nothing."""
     try:
@@ -159,21 +170,13 @@ def _reject(call: Call, compare: Callable[[Any, float], str]) -> str:
     return f"WRONG: {wrong}" if wrong else ""
 
 
-def _blank(case: Case, call: Call, note: str) -> Row:
-    shape = "x".join(map(str, case.shape))
-    return Row(case.operator, case.name, shape, _dtype(case), call.name, call.ours, note=note)
-
-
-def _row(case: Case, call: Call, cache: str, took: KernelTime, limits: Limits, note: str) -> Row:
+def _with_times(
+    call: Call, row: Row, case: Case, cache: str, took: KernelTime, limits: Limits
+) -> Row:
     moved = case.bytes if call.bytes is None else call.bytes
     rate = case.rate if call.rate is None else call.rate
-    return Row(
-        operator=case.operator,
-        case=case.name,
-        shape="x".join(map(str, case.shape)),
-        dtype=_dtype(case),
-        who=call.name,
-        ours=call.ours,
+    return replace(
+        row,
         cache=cache,
         p20_us=round(took.p20, 3),
         p50_us=round(took.p50, 3),
@@ -183,12 +186,7 @@ def _row(case: Case, call: Call, cache: str, took: KernelTime, limits: Limits, n
         tops=_significant(case.operations / took.p50 / 1e6),
         gbs=_significant(moved / took.p50 / 1e3),
         limit_percent=round(limits.percent(moved, case.operations, rate, took.p50), 2),
-        note=note,
     )
-
-
-def _dtype(case: Case) -> str:
-    return str(case.dtype).removeprefix("torch.")
 
 
 def _significant(value: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -20,11 +20,16 @@ __all__ = [
     "Call",
     "Case",
     "CasesModule",
+    "Shapes",
     "by_importance",
     "cases_of",
-    "inductor",
+    "dtype_name",
     "parse_shape",
+    "random_codes",
+    "seeded",
 ]
+
+Shapes = Sequence[tuple[int, ...]]
 
 OPERATORS = (
     "int8_gemm",
@@ -169,9 +174,7 @@ class CasesModule(Protocol):
     BACKENDS: tuple[str, ...]
     """Implementations worth measuring; which of them can run a case they say themselves."""
 
-    def cases(
-        self, shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-    ) -> list[Case]:
+    def cases(self, shapes: Shapes | None = None, dtype: torch.dtype = ...) -> list[Case]:
         """Cases of these shapes, or all that are registered, the most important first."""
         ...
 
@@ -179,8 +182,8 @@ class CasesModule(Protocol):
         """A few shapes that a CPU is done with in seconds."""
         ...
 
-    def baselines(self, case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
-        """What torch itself offers for the same result; with Inductor where `compiled`."""
+    def baselines(self, case: Case, arguments: Mapping[str, Any]) -> list[Call]:
+        """What torch itself offers for the same result."""
         ...
 
 
@@ -211,19 +214,25 @@ def parse_shape(text: str, axes: str) -> tuple[int, ...]:
     return shape
 
 
-def by_importance(
-    rows: Sequence[int], others: Iterable[tuple[int, ...]]
-) -> list[tuple[int, tuple[int, ...]]]:
-    """All pairs, the earlier of both lists first."""
-    ranked = [(i + j, i, m, rest) for i, m in enumerate(rows) for j, rest in enumerate(others)]
-    return [(m, rest) for _, _, m, rest in sorted(ranked, key=lambda pair: pair[:2])]
+def by_importance(rows: Sequence[int], others: Shapes) -> list[tuple[int, ...]]:
+    """All shapes (m, *rest), the earlier of both lists first."""
+    ranked = [(i + j, i, (m, *rest)) for i, m in enumerate(rows) for j, rest in enumerate(others)]
+    return [shape for _, _, shape in sorted(ranked, key=lambda one: one[:2])]
 
 
-def inductor(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """What Inductor makes of a call; on a GPU with its own tuning, which takes a while."""
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    compiled: Callable[[], Any] = torch.compile(call, mode=mode, dynamic=False)
-    return compiled
+def seeded(device: torch.device, seed: int) -> dict[str, Any]:
+    """Options of torch's random functions, for data that are the same each time."""
+    return {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+
+
+def random_codes(*shape: int, **options: Any) -> torch.Tensor:
+    """int8 codes of this shape; options as of `seeded`."""
+    return torch.randint(-128, 128, shape, dtype=torch.int8, **options)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch writes it, like float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(result: Any) -> tuple[torch.Tensor, ...]:

@@ -16,8 +16,9 @@ import torch
 from fake_gpu import FACTS, GPU, FakeGpu
 
 from octavo.core.errors import OctavoError, OctavoWarning
+from octavo.kernels.common.configs import power_of_two
 from octavo.kernels.dispatch import autotune, measurement, store
-from octavo.kernels.dispatch.autotune import best_config, label, size_bucket
+from octavo.kernels.dispatch.autotune import best_config, label
 
 RULE = {"BLOCK": 16, "num_warps": 4}
 WIDE = {"BLOCK": 64, "num_warps": 4}
@@ -313,7 +314,7 @@ def test_the_source_digest_sees_kernels(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("size", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (17, 32), (64, 64)])
 def test_buckets(size: int, bucket: int) -> None:
-    assert size_bucket(size) == bucket
+    assert power_of_two(size) == bucket
 
 
 def tune(folder: Path, log: Path, keys: tuple[str, ...], barrier: Any) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from bench.moved import loaded_bytes, loaded_pixels
+from octavo.kernels.common.configs import pieces
 from octavo.kernels.common.convolution import Window
 from octavo.kernels.depthwise_conv2d.configs import (
     candidates,
     default_config,
     divisor,
-    loaded_pixels,
     scattered,
 )
 from octavo.kernels.depthwise_separable_conv2d import configs as separable
@@ -109,7 +110,7 @@ def test_separable_tiles_are_such_as_a_kernel_takes(
         assert pixels >= 16
         assert config["BLOCK_C"] >= 32 // size
         assert config["BLOCK_N"] >= 16
-        assert separable.pieces(config) in (1, 2, 4)
+        assert pieces(config) in (1, 2, 4)
         assert pixels * config["BLOCK_N"] <= 128 * 32 * config["num_warps"], "registers"
 
 
@@ -131,7 +132,7 @@ def test_what_the_separable_rule_moves(shape: tuple[int, int, int, int], size: i
     out = window.out_size(side, side)
     config = separable.default_config(*out, channels, outputs, size)
     result = 32 * out[0] * out[1] * outputs * size
-    read = separable.loaded_bytes(window, 32, *out, channels, outputs, size, config)
+    read = loaded_bytes(window, 32, *out, channels, outputs, size, config)
     least = 32 * side**2 * channels * size + outputs * channels * size + result
     between = 2 * 32 * out[0] * out[1] * channels * size
     again = math.ceil(outputs / config["BLOCK_N"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from convolutions import codes, dense_call, lend_poisoned
 
+from bench import moved
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import explain, int8_conv2d
 from octavo.kernels.common.convolution import Convolution, Window, window_of
@@ -111,7 +112,7 @@ def test_bytes_of_the_plan() -> None:
     for case in cases.cases():
         if case.shape[4:6] == (1, 1):
             continue  # a matrix product, and int8_gemm's
-        ratio = cases.planned_bytes(case) / case.bytes
+        ratio = moved.of_dense(case) / case.bytes
         worst[case.shape[0]] = max(worst.get(case.shape[0], 0), ratio)
         assert ratio >= 1
     # lines of images at which columns of tiles meet; weights stay in the cache

@@ -10,7 +10,8 @@ import pytest
 import torch
 from attention_inputs import some_state, tokens
 
-from octavo.kernels.linear_attention import configs, traffic
+from bench import attention_traffic as traffic
+from octavo.kernels.linear_attention import configs
 from octavo.kernels.linear_attention.reference import EPS, Options
 
 body = pytest.importorskip("octavo.kernels.linear_attention.triton")
@@ -90,7 +91,7 @@ def test_bytes_of_a_step(
     counted: Callable[[Callable[[], object]], int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(body, "_processors", lambda _: processors)
+    monkeypatch.setattr(body, "device_facts", lambda _: (None, processors))
     token = [x[:, 0] for x in tokens(2, 1, 3, 20, 40, torch.float16)]
     block_e, split = configs.of_step(6, 20, 40, processors)
     assert (block_e, split) == ((64, False) if processors == 1 else (8, True))

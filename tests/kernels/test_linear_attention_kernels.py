@@ -245,7 +245,7 @@ def test_a_state_is_taken_in_parts(
 ) -> None:
     """One after another, or where that fills the GPU by a program each."""
     monkeypatch.setattr(configs, "STEP_BLOCK", 1024)
-    monkeypatch.setattr(body, "_processors", lambda _: processors)
+    monkeypatch.setattr(body, "device_facts", lambda _: (None, processors))
     q, k, v = (x[:, 0].to(device) for x in tokens(3, 1, 2, 40, 50))
     states = [State(*(x.to(device) for x in some_state(3, 2, 40, 50))) for _ in range(2)]
     found, expected = (

@@ -12,8 +12,8 @@ import torch
 from recurrent_layers import (
     PAIRS,
     as_argument,
+    every_backend,
     every_kind,
-    every_way,
     first_states,
     flat,
     pair,
@@ -32,13 +32,13 @@ BUFFERS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
 @every_kind
-@every_way
+@every_backend
 @pytest.mark.parametrize("replaced", [False, True], ids=["changed", "replaced"])
 @pytest.mark.parametrize("inference", [False, True], ids=["", "of inference mode"])
 def test_every_buffer_that_is_new_counts(
-    kind: str, way: str, replaced: bool, inference: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, backend: str, replaced: bool, inference: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(way, monkeypatch)
+    use(backend, monkeypatch)
     with torch.inference_mode(inference):
         _, layer = pair(kind, 6, 8, bidirectional=True)
         fresh = PAIRS[kind][1](6, 8, bidirectional=True)
@@ -67,18 +67,18 @@ def test_what_is_remembered_ends_with_the_layer(kind: str) -> None:
     weights = layer._weights("ih", ends), layer._weights("hh", ends)
     own = Inputs(nothing, nothing, *weights, None).derived
     assert Inputs(nothing, nothing, *weights, None).derived is own
-    gone = weakref.ref(own)
+    gone = weakref.ref(own.input_scale)
     del layer, weights, own
     gc.collect()
     assert gone() is None
 
 
 @every_kind
-@every_way
+@every_backend
 def test_large_and_small_first_states_in_a_batch(
-    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(way, monkeypatch)
+    use(backend, monkeypatch)
     _, layer = pair(kind, 6, 8)
     x, states = torch.randn(5, 3, 6), first_states(layer, 3, 0.2)
     states[0][:, 1] = 6.0
@@ -116,10 +116,10 @@ class TorchDispatchLog(TorchDispatchMode):
 
 
 @every_kind
-@every_way
-def test_state_dict_and_deepcopy(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_backend
+def test_state_dict_and_deepcopy(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that no product remembers the weights that were there before."""
-    use(way, monkeypatch)
+    use(backend, monkeypatch)
     _, int8 = pair(kind, 12, 16, num_layers=2, bidirectional=True, bias=True)
     fresh = PAIRS[kind][1](12, 16, 2, bidirectional=True)
     x = torch.randn(5, 3, 12)

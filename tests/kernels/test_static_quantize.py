@@ -114,8 +114,12 @@ def test_the_operator_is_sound(device: torch.device) -> None:
     [
         (torch.ones(2, dtype=torch.float64), torch.tensor(1.0), "x is torch.float64; static_q"),
         (torch.tensor(1.0), torch.tensor(1.0), "x is a scalar"),
-        (torch.ones(2, 3), torch.ones(2), r"scale is torch.float32 \[2\]; x of shape \[2, 3\]"),
-        (torch.ones(2, 3), torch.ones(3).half(), r"scale is torch.float16 \[3\]; .* needs"),
+        (torch.ones(2, 3), torch.ones(2), r"scale is torch.float32 \[2\]; it must be .* \[3\]"),
+        (
+            torch.ones(2, 3),
+            torch.ones(3).half(),
+            r"scale is torch.float16 \[3\]; it must be torch.float32 \[\] or \[3\]",
+        ),
         (torch.ones(2), torch.tensor(1.0, device="meta"), "scale is on meta and x on cpu; move"),
     ],
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from octavo.kernels.add_norm.schema import add_norm
-from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.cases import SHORT, Call, Case, Shapes, by_importance, seeded
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
 
@@ -22,16 +22,10 @@ OFF_BY_ONE = 0.02
 """Error that quantized values may have which torch rounds another way, here and there."""
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """Alone, and with the quantized result; M x N."""
-    chosen = shapes or [(m, n) for m, (n,) in by_importance(ROWS, COLUMNS)]
-    return [
-        _case(m, n, dtype or torch.bfloat16, quantize)
-        for m, n in chosen
-        for quantize in (False, True)
-    ]
+    chosen = shapes or by_importance(ROWS, COLUMNS)
+    return [_case(m, n, dtype, quantize) for m, n in chosen for quantize in (False, True)]
 
 
 def small_shapes() -> list[tuple[int, ...]]:
@@ -41,13 +35,10 @@ def small_shapes() -> list[tuple[int, ...]]:
 
 def _case(m: int, n: int, dtype: torch.dtype, quantize: bool) -> Case:
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(m + n)
-        rows = torch.randn(2, m, n, generator=random, device=device).to(dtype)
-        norm = torch.randn(2, n, generator=random, device=device).to(dtype)
-        return {
-            "x": rows[0], "residual": rows[1], "weight": norm[0], "bias": norm[1],
-            "quantize": quantize,
-        }  # fmt: skip
+        options = seeded(device, m + n)
+        x, residual = torch.randn(2, m, n, **options).to(dtype)
+        norm = dict(zip(("weight", "bias"), torch.randn(2, n, **options).to(dtype), strict=True))
+        return {"x": x, "residual": residual, **norm, "quantize": quantize}
 
     return Case(
         operator="add_norm",
@@ -70,16 +61,8 @@ def _run(*, quantize: bool, **arguments: Any) -> Any:
     return (y, codes, scale) if quantize else y
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
-    """The same operations in torch, as people write them; by themselves and fused by Inductor."""
-    plain, device = _in_torch(arguments), arguments["x"].device
-    found = [Call("torch eager", plain, 2 * case.tolerance)]
-    if compiled:
-        found.append(Call("torch Inductor", inductor(plain, device), 2 * case.tolerance))
-    return found
-
-
-def _in_torch(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+def baselines(case: Case, arguments: Mapping[str, Any]) -> list[Call]:
+    """The same operations in torch, as people write them."""
     x, residual, weight, bias, quantize = arguments.values()
 
     def run() -> Any:
@@ -89,4 +72,4 @@ def _in_torch(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         scale = y.float().abs().amax(-1) / 127
         return y, torch.round(y.float() / scale[:, None]).to(torch.int8), scale
 
-    return run
+    return [Call("torch eager", run, 2 * case.tolerance)]

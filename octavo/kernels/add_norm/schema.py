@@ -11,7 +11,7 @@ from octavo.kernels.add_norm import native, reference
 from octavo.kernels.add_norm.reference import Norm, Result
 from octavo.kernels.common.epilogue import FLOATS, check_tensor
 from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
 
 __all__ = ["add_norm"]
 
@@ -38,8 +38,8 @@ def add_norm(
         bias: likewise, or None for 0.
         eps: added to the variance.
         quantize: whether codes are wanted too, those of `octavo.kernels.dynamic_quantize`.
-        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI) or "reference"; one that
-            is named runs or is refused.
+        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI) or "reference"; see
+            `octavo.kernels`.
 
     Returns:
         y [..., N] of the dtype of x; codes int8 [..., N]; and their scales, float32 [...]. Codes
@@ -87,17 +87,11 @@ def _triton_reason(x: torch.Tensor, *_: object) -> str:
     return triton_reason(x)
 
 
-def _triton(x: torch.Tensor, residual: torch.Tensor, norm: Norm, quantize: bool) -> Result:
-    from octavo.kernels.add_norm import triton
-
-    return triton.add_norm(x, residual, norm, quantize)
-
-
 OPERATOR = Operator(
     "add_norm",
     _check,
     (
-        Implementation("triton", _triton_reason, _triton),
+        triton_implementation("add_norm", _triton_reason),
         Implementation("native", native.reason, native.add_norm),
         Implementation("reference", lambda *_: "", reference.add_norm, "last"),
     ),

@@ -6,15 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 
 from octavo.kernels.add_norm.reference import Norm, Result
+from octavo.kernels.common.configs import power_of_two
 from octavo.kernels.common.triton_epilogue import codes_of, magnitude, scale_of
-from octavo.kernels.dispatch.autotune import best_config, size_bucket
+from octavo.kernels.common.triton_launch import pointers
+from octavo.kernels.dispatch.autotune import best_config
 from octavo.kernels.dynamic_quantize.configs import candidates, default_config
 
 __all__ = ["add_norm", "add_norm_kernel"]
@@ -74,12 +77,10 @@ def add_norm(
     if not x.numel():
         return y, codes, scale
     n, m = x.shape[-1], x.numel() // x.shape[-1]
-    if chosen is None:
-        chosen = _choose(x, residual, norm, quantize)
-    weight, bias = (x if one is None else one.contiguous() for one in (norm.weight, norm.bias))
+    chosen = chosen or _choose(x, residual, norm, quantize)
     with torch.cuda.device_of(x):
         add_norm_kernel[(triton.cdiv(m, chosen["ROWS"]),)](
-            x, residual, weight, bias, y, codes, scale, m, n, norm.eps,
+            x, residual, *pointers(x, norm.weight, norm.bias), y, codes, scale, m, n, norm.eps,
             WEIGHT=norm.weight is not None, BIAS=norm.bias is not None, QUANTIZE=quantize,
             **{"FMA": x.is_cuda, **chosen},
         )  # fmt: skip
@@ -91,13 +92,12 @@ def _choose(
 ) -> Mapping[str, int]:
     """The tuned configuration, or that of the rule: rows are read as `dynamic_quantize` does."""
     n = x.shape[-1]
-    m = size_bucket(x.numel() // n)
-    key = f"{m}x{n} {x.element_size()}" + (" codes" if quantize else "")
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(m, n)
-
-    def run(config: Mapping[str, int]) -> Result:
-        return add_norm(x, residual, norm, quantize, config)
-
-    return best_config("add_norm", key, x.device, default_config(m, n), others, run)
+    m = power_of_two(x.numel() // n)
+    return best_config(
+        "add_norm",
+        f"{m}x{n} {x.element_size()}" + (" codes" if quantize else ""),
+        x.device,
+        default_config(m, n),
+        functools.partial(candidates, m, n),
+        functools.partial(add_norm, x, residual, norm, quantize),
+    )

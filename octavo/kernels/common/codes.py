@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
-__all__ = ["fold_zero_point", "scale_of_peak", "to_int8"]
+__all__ = ["extremes", "fold_zero_point", "scale_of_peak", "to_int8"]
 
 QMIN, QMAX = -128, 127
 
@@ -52,3 +56,18 @@ def fold_zero_point(
     sums = w_q.flatten(1).sum(1, dtype=torch.int64).double()
     folded = -zero_point * sums * scale_x.double() * scale_w.double()
     return (folded if bias is None else folded + bias.double()).float()
+
+
+def extremes(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Activations and weights of the largest codes of all signs, for probes of a CPU's kernels.
+
+    Kernels without VNNI add pairs of products in 16 bits, which saturates, or halve the weights.
+    """
+    random = torch.Generator("cpu").manual_seed(0)
+    kind: dict[str, Any] = {"dtype": torch.int8, "device": "cpu"}
+    for x_code, w_code in itertools.product((-128, 127), repeat=2):
+        others = torch.rand(x_shape, generator=random, device="cpu") < 0.1
+        x = torch.full(x_shape, x_code, **kind).masked_fill_(others, -x_code - 1)
+        yield x, torch.full(w_shape, w_code, **kind)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import Epilogue
+from octavo.kernels.common.epilogue import Epilogue, check_epilogue, check_zero_point
 
 __all__ = [
     "Convolution",
@@ -23,9 +23,10 @@ __all__ = [
     "Window",
     "as_sides",
     "both",
-    "check_zero_point",
+    "check_convolution",
     "in_kernel_order",
     "make_window",
+    "new_images",
     "sum_of_sides",
     "window_of",
 ]
@@ -97,20 +98,6 @@ class Convolution(NamedTuple):
         return self.epilogue(last).permute(0, 3, 1, 2)
 
 
-def check_zero_point(x: torch.Tensor, zero_point: int) -> None:
-    """The zero point is an int8 number, of quantized values.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not -128 <= zero_point <= 127:
-        raise InputError(f"zero_point is {zero_point}; an int8 code is from -128 to 127")
-    if zero_point and x.is_floating_point():
-        raise InputError(
-            f"zero_point is {zero_point} and belongs to int8 codes, and x is {x.dtype}; leave it 0"
-        )
-
-
 def window_of(
     x: torch.Tensor, w: torch.Tensor, stride: Size2d, padding: Padding, dilation: Size2d
 ) -> Window:
@@ -135,9 +122,32 @@ def as_rows(images: torch.Tensor | None) -> torch.Tensor | None:
     return images if images is None or images.ndim != 4 else images.movedim(1, -1)
 
 
-def as_images(rows: torch.Tensor) -> torch.Tensor:
-    """The reverse of `as_rows`."""
-    return rows if rows.ndim != 4 else rows.movedim(-1, 1)
+def new_images(x: torch.Tensor, n: int, window: Window, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for n channels of what a window makes of images x: [B, n, H', W'], channels_last."""
+    shape = (x.shape[0], *window.out_size(*x.shape[2:]), n)
+    return x.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def check_convolution(x: torch.Tensor, c: Convolution, n: int, **names: str) -> None:
+    """Validates what is done with images x and their sums, for n output channels.
+
+    Args:
+        x: [B, C, H, W].
+        c: the rest of the call.
+        n: output channels.
+        **names: what callers call fields of the epilogue, where that differs.
+
+    Raises:
+        InputError: see `check_epilogue`; or a zero point of floats, or beyond int8.
+    """
+    owner = f"int8 codes, and x is {x.dtype}" if x.is_floating_point() else ""
+    check_zero_point("zero_point", c.zero_point, owner)
+    residual = c.epilogue.residual
+    if residual is not None and residual.ndim == 4:
+        residual = residual.movedim(-1, 1)  # as the caller has it
+    result = (x.shape[0], n, *c.window.out_size(*x.shape[2:]))
+    e = c.epilogue._replace(residual=residual)
+    check_epilogue(e, x, scales_x=[()], n=n, result=result, **names)
 
 
 def make_window(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +16,12 @@ __all__ = [
     "FLOATS",
     "IN_PLACE",
     "MAX_K",
-    "MOST_ROWS",
     "OUTPUTS",
     "Epilogue",
+    "check_alike",
     "check_epilogue",
     "check_tensor",
+    "check_zero_point",
 ]
 
 
@@ -33,8 +34,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "hardswish": functional.hardswish,
 }
-
-
 IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda y: y,
     "relu": torch.relu_,
@@ -62,6 +61,13 @@ class Epilogue(NamedTuple):
     residual_scale: torch.Tensor | None = None
     out_zero_point: int = 0
     residual_zero_point: int = 0
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What decides how long it takes, for keys of measurements."""
+        coded = self.residual_scale is not None
+        added = "alone" if self.residual is None else "codes" if coded else "residual"
+        return self.out_dtype, self.activation, "plain" if self.bias is None else "bias", added
 
     def __call__(self, accumulator: torch.Tensor) -> torch.Tensor:
         """From accumulators int32 or float32 [..., N] to the result, step by step in float32."""
@@ -108,38 +114,43 @@ def _as_floats(accumulator: torch.Tensor) -> torch.Tensor:
 
 MAX_K = 2**31 // 128**2 - 1
 """The longest sum of products of two codes that cannot overflow int32."""
-
-
-MOST_ROWS = 2**31 - 2**8
-"""Rows of a result that int32 counts, with a tile beyond the last one."""
-
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
 OUTPUTS = (*FLOATS, torch.int8, torch.int32)
 
 
 def check_epilogue(
     e: Epilogue,
-    x_q: torch.Tensor,
+    x: torch.Tensor,
     *,
-    scales_x: list[tuple[int, ...]],
+    scales_x: Sequence[tuple[int, ...]],
     n: int,
     result: tuple[int, ...],
+    **names: str,
 ) -> None:
     """Validates what happens to the sums of an operator.
 
     Args:
         e: the epilogue.
-        x_q: codes, or the floats of another operator, for their device and dtype.
+        x: codes, or the floats of another operator, for their device and dtype.
         scales_x: shapes that scale_x may have.
         n: output channels.
         result: shape of the result.
+        **names: what callers call fields, where that differs.
 
     Raises:
         InputError: a wrong dtype, shape or device, or parts that do not belong together.
     """
+    floats, numbers = x.is_floating_point(), (torch.float32,)
+    tensors: tuple[tuple[str, Sequence[tuple[int, ...]], tuple[torch.dtype, ...]], ...] = (
+        ("scale_x", scales_x, numbers),
+        ("scale_w", [(), (n,)], numbers),
+        ("out_scale", [()], numbers),
+        ("residual_scale", [()], numbers),
+        ("bias", [(n,)], FLOATS if floats else (*FLOATS, torch.int32)),
+        ("residual", [result], (*FLOATS, torch.int8)),
+    )
+    for field, shapes, dtypes in tensors:
+        check_tensor(names.get(field, field), getattr(e, field), shapes, x, dtypes)
     if e.out_dtype not in OUTPUTS:
         raise InputError(f"out_dtype {e.out_dtype} is unknown; use one of {OUTPUTS}")
     if e.activation not in ACTIVATIONS:
@@ -154,42 +165,50 @@ def check_epilogue(
             "out"
         )
     given = [one is not None for one in (e.scale_x, e.scale_w)]
-    if x_q.is_floating_point() and (raw or any(given)):
+    if floats and (raw or any(given)):
         raise InputError(
-            f"scales and int32 output belong to int8 codes, and x is {x_q.dtype}; leave them out"
+            f"scales and int32 output belong to int8 codes, and x is {x.dtype}; leave them out"
         )
-    if not (raw or x_q.is_floating_point() or all(given)):
+    if not (raw or floats or all(given)):
         raise InputError(f"{e.out_dtype} output needs scale_x and scale_w")
     if (e.out_scale is not None) != (e.out_dtype == torch.int8):
         raise InputError("out_scale belongs to int8 output; give both or neither")
     coded = e.residual is not None and e.residual.dtype == torch.int8
     if (e.residual_scale is not None) != coded:
         raise InputError("residual_scale belongs to a residual of int8 codes; give both or neither")
-    _check_zero_point("out_zero_point", e.out_zero_point, e.out_scale, "int8 output")
-    codes = "a residual of int8 codes"
-    _check_zero_point("residual_zero_point", e.residual_zero_point, e.residual_scale, codes)
-    check_tensor("scale_x", e.scale_x, scales_x, x_q, (torch.float32,))
-    check_tensor("scale_w", e.scale_w, [(), (n,)], x_q, (torch.float32,))
-    check_tensor("out_scale", e.out_scale, [()], x_q, (torch.float32,))
-    check_tensor("residual_scale", e.residual_scale, [()], x_q, (torch.float32,))
-    kinds = FLOATS if x_q.is_floating_point() else (*FLOATS, torch.int32)
-    check_tensor("bias", e.bias, [(n,)], x_q, kinds)
-    check_tensor("residual", e.residual, [result], x_q, (*FLOATS, torch.int8))
+    for field, scale, owner in (
+        ("out_zero_point", e.out_scale, "int8 output"),
+        ("residual_zero_point", e.residual_scale, "a residual of int8 codes"),
+    ):
+        owned = owner if scale is None else ""
+        check_zero_point(names.get(field, field), getattr(e, field), owned)
 
 
-def _check_zero_point(name: str, value: int, scale: torch.Tensor | None, owner: str) -> None:
+def check_zero_point(name: str, value: int, owner: str = "") -> None:
+    """A zero point is an int8 code.
+
+    Args:
+        name: of the argument.
+        value: of it.
+        owner: what it belongs to and what is not there, so that it must be 0.
+
+    Raises:
+        InputError: it is not.
+    """
     if not -128 <= value <= 127:
         raise InputError(f"{name} is {value}; an int8 code is from -128 to 127")
-    if value and scale is None:
+    if value and owner:
         raise InputError(f"{name} is {value} and belongs to {owner}; leave it 0")
 
 
 def check_tensor(
     name: str,
     value: torch.Tensor | None,
-    shapes: list[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
     x: torch.Tensor,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    *,
+    x_name: str = "x",
 ) -> None:
     """An argument, where it is given, has one of these shapes and dtypes, and the device of x.
 
@@ -204,5 +223,20 @@ def check_tensor(
         raise InputError(
             f"{name} is {value.dtype} {list(value.shape)}; it must be {kinds} {wanted}"
         )
+    check_alike(name, value, x, x_name, dtype=False)
+
+
+def check_alike(
+    name: str, value: torch.Tensor, x: torch.Tensor, x_name: str = "x", *, dtype: bool = True
+) -> None:
+    """An argument has the device of another one and, where `dtype` asks for it, its dtype.
+
+    Raises:
+        InputError: it has another.
+    """
+    if dtype and value.dtype != x.dtype:
+        raise InputError(f"{name} is {value.dtype} and {x_name} {x.dtype}; convert one of them")
     if value.device != x.device:
-        raise InputError(f"{name} is on {value.device} and x on {x.device}; move one of them")
+        raise InputError(
+            f"{name} is on {value.device} and {x_name} on {x.device}; move one of them"
+        )

@@ -8,7 +8,7 @@ import torch
 
 from octavo.kernels.common.epilogue import Epilogue
 
-__all__ = ["device_facts", "end_arguments", "end_constants"]
+__all__ = ["device_facts", "end_arguments", "end_constants", "pointers"]
 
 
 @functools.cache
@@ -20,11 +20,15 @@ def device_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     return (found.major, found.minor), found.multi_processor_count
 
 
+def pointers(absent: torch.Tensor, *values: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The values, contiguous; in the place of one that is not there `absent`, which is not read."""
+    return tuple(absent if value is None else value.contiguous() for value in values)
+
+
 def end_arguments(e: Epilogue, absent: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
     """What `triton_finish` takes behind out_ptr; `absent` for pointers that are never read."""
     parts = (e.scale_x, e.scale_w, e.bias, e.residual, e.residual_scale, e.out_scale)
-    pointers = (absent if value is None else value.contiguous() for value in parts)
-    return *pointers, e.residual_zero_point, e.out_zero_point
+    return *pointers(absent, *parts), e.residual_zero_point, e.out_zero_point
 
 
 def end_constants(e: Epilogue) -> dict[str, bool | str]:

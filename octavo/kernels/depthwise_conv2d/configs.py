@@ -1,24 +1,15 @@
-"""Tile sizes of the Triton kernel: by rule, and those worth measuring; and what a plan moves."""
+"""Tile sizes of the Triton kernel: by rule, and those worth measuring."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
 
-from octavo.kernels.common.convolution import Window
+from octavo.kernels.common.configs import Config, distinct, power_of_two
 
-__all__ = [
-    "candidates",
-    "default_config",
-    "divisor",
-    "loaded_pixels",
-    "power_of_two",
-    "scattered",
-    "spread",
-]
-
-Config = dict[str, int]
+__all__ = ["LINE", "candidates", "default_config", "divisor", "scattered", "spread"]
 
 LINE = 64
 """Bytes of a pixel that a program reads at once: two sectors of the cache."""
@@ -28,7 +19,10 @@ ENOUGH = 256
 """Programs that keep a large card busy."""
 
 
-def default_config(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Config:
+@functools.lru_cache(maxsize=4096)
+def default_config(
+    batch: int, out_h: int, out_w: int, channels: int, size: int
+) -> Mapping[str, int]:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     Few bytes of many pixels, in as square a tile as the image allows, so that few pixels around
@@ -45,26 +39,19 @@ def default_config(batch: int, out_h: int, out_w: int, channels: int, size: int)
         BLOCK_H, BLOCK_W, BLOCK_C, ROW (whether the taps of a row are loaded at once), num_warps,
         num_stages.
     """
-    values, row = (FEW_VALUES, 0) if scattered(channels, size) else (VALUES, 1)
+    row = not scattered(channels, size)
     for warps in (8, 4, 2):
-        block = min(power_of_two(channels), LINE // size)
-        config = _config(out_h, out_w, block, warps, row, values)
+        config = _config(out_h, out_w, channels, size, LINE, warps, row)
         if batch * _programs(config, out_h, out_w, channels) >= ENOUGH:
             break
     return config
 
 
-def candidates(batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Config]:
-    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
-    found = [default_config(batch, out_h, out_w, channels, size)]
-    apart = scattered(channels, size)
-    values, rows = (FEW_VALUES, (0,)) if apart else (VALUES, (1, 0))
-    for line, warps, row in itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), rows):
-        block = min(power_of_two(channels), line // size)
-        config = _config(out_h, out_w, block, warps, row, values)
-        if config not in found:
-            found.append(config)
-            yield config
+def candidates(_batch: int, out_h: int, out_w: int, channels: int, size: int) -> Iterator[Config]:
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `default_config`."""
+    rows = (False,) if scattered(channels, size) else (True, False)
+    several = itertools.product((LINE, 2 * LINE, LINE // 2), (8, 4, 2), rows)
+    return distinct(_config(out_h, out_w, channels, size, *one) for one in several)
 
 
 def spread(out_h: int, out_w: int, pixels: int) -> tuple[int, int]:
@@ -75,25 +62,6 @@ def spread(out_h: int, out_w: int, pixels: int) -> tuple[int, int]:
     width = min(power_of_two(out_w), 1 << math.ceil(math.log2(pixels) / 2))
     height = min(power_of_two(out_h), pixels // width)
     return height, pixels // height
-
-
-def loaded_pixels(window: Window, out_h: int, out_w: int, config: Mapping[str, int]) -> int:
-    """Pixels of one image that all programs of a block of channels read, each program each once.
-
-    What a program reads of a pixel again comes from its multiprocessor's cache. The image itself
-    has fewer pixels, since the windows of neighbouring tiles overlap; those of the padding count
-    here too.
-    """
-    down = math.ceil(out_h / config["BLOCK_H"]), out_h, config["BLOCK_H"]
-    across = math.ceil(out_w / config["BLOCK_W"]), out_w, config["BLOCK_W"]
-    total = 1
-    for (count, size, block), stride, span in zip(
-        (down, across), window.stride, window.span, strict=True
-    ):
-        step = min(stride, span)
-        last = size - (count - 1) * block
-        total *= (count - 1) * ((block - 1) * step + span) + (last - 1) * step + span
-    return total
 
 
 def _programs(config: Mapping[str, int], out_h: int, out_w: int, channels: int) -> int:
@@ -120,19 +88,18 @@ def divisor(size: int) -> int:
     return 1 if size % 16 == 0 else size & -size
 
 
-def power_of_two(size: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _config(out_h: int, out_w: int, block: int, warps: int, row: int, values: int) -> Config:
+def _config(
+    out_h: int, out_w: int, channels: int, size: int, line: int, warps: int, row: bool
+) -> Config:
+    block = min(power_of_two(channels), line // size)
+    values = FEW_VALUES if scattered(channels, size) else VALUES
     pixels = max(1, 32 * warps * values // block)
     height, width = spread(out_h, out_w, min(pixels, power_of_two(out_h) * power_of_two(out_w)))
     return {
         "BLOCK_H": height,
         "BLOCK_W": width,
         "BLOCK_C": block,
-        "ROW": row,
+        "ROW": int(row),
         "num_warps": warps,
         "num_stages": 1,
     }

@@ -6,18 +6,19 @@ import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.common import onednn
+from octavo.kernels.common.configs import power_of_two
 from octavo.kernels.common.convolution import (
     Convolution,
     Padding,
     Size2d,
-    check_zero_point,
+    check_convolution,
+    new_images,
     window_of,
 )
-from octavo.kernels.common.epilogue import FLOATS, Epilogue, check_epilogue
+from octavo.kernels.common.epilogue import FLOATS, Epilogue, check_alike
 from octavo.kernels.depthwise_conv2d import conv2d, reference
-from octavo.kernels.dispatch.autotune import size_bucket
 from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation
 
 __all__ = ["bucket", "check_images", "depthwise_conv1d", "depthwise_conv2d", "result_dtype"]
 
@@ -59,11 +60,10 @@ def depthwise_conv2d(
         bias: floating [C]; a BatchNorm is folded into weight and bias beforehand. For codes also
             int32 [C], which is added to the sums.
         stride: a number or (vertical, horizontal).
-        padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same": ceil(size
-            / stride) outputs, the odd pixel at the right and the bottom (ONNX's SAME_UPPER,
-            TensorFlow's SAME; at stride 1 torch's "same").
+        padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same" as in
+            `octavo.kernels.common.convolution.make_window`.
         dilation: a number or (vertical, horizontal).
-        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".
+        activation: as of `int8_gemm`.
         scale_x: float32 [], of codes.
         scale_w: float32 [] or, a scale a channel, [C].
         zero_point: of the codes x, which padding holds.
@@ -73,9 +73,7 @@ def depthwise_conv2d(
         out_scale: float32 [], of int8 output.
         out_zero_point: of int8 output.
         backend: "auto", "triton", "onednn" (codes on a CPU; results of codes may be one apart),
-            "conv2d" (torch's convolution) or "reference"; one that is named runs or is refused.
-            On a GPU "auto" measures those that can run, once for each shape bucket, and keeps the
-            fastest; see `octavo.kernels.explain`.
+            "conv2d" (torch's convolution) or "reference"; see `octavo.kernels`.
 
     Returns:
         [B, C, H', W'] of `out_dtype`, channels_last.
@@ -160,10 +158,7 @@ def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise InputError(
             f"x {list(x.shape)} or weight {list(weight.shape)} is empty; only the batch may be 0"
         )
-    if weight.dtype != x.dtype:
-        raise InputError(f"weight is {weight.dtype} and x {x.dtype}; convert one of them")
-    if weight.device != x.device:
-        raise InputError(f"weight is on {weight.device} and x on {x.device}; move one of them")
+    check_alike("weight", weight, x)
 
 
 def result_dtype(
@@ -179,8 +174,7 @@ def result_dtype(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> None:
     check_images(x, weight)
-    check_zero_point(x, c.zero_point)
-    check_epilogue(c.epilogue, x, scales_x=[()], n=x.shape[1], result=())
+    check_convolution(x, c, x.shape[1])
 
 
 def _inline(
@@ -193,33 +187,20 @@ def _inline(
 
 
 def _fake(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> torch.Tensor:
-    return torch.empty(
-        (x.shape[0], x.shape[1], *c.window.out_size(*x.shape[2:])),
-        dtype=c.epilogue.out_dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def _triton(x: torch.Tensor, weight: torch.Tensor, c: Convolution) -> torch.Tensor:
-    from octavo.kernels.depthwise_conv2d import triton
-
-    result: torch.Tensor = triton.depthwise_conv2d(x, weight, c)
-    return result
+    return new_images(x, x.shape[1], c.window, c.epilogue.out_dtype)
 
 
 def bucket(x: torch.Tensor, _weight: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which implementation is the fastest."""
     return (
-        size_bucket(x.shape[0]),
+        power_of_two(x.shape[0]),
         *x.shape[1:],
-        str(x.dtype).removeprefix("torch."),
-        str(c.epilogue.out_dtype).removeprefix("torch."),
+        x.dtype,
         *c.window.kernel,
         *c.window.stride,
         *c.window.dilation,
         "symmetric" if c.window.symmetric else "asymmetric",
-        c.epilogue.activation,
+        *c.epilogue.kind,
         "last" if x.is_contiguous(memory_format=torch.channels_last) else "first",
     )
 
@@ -234,7 +215,7 @@ OPERATOR = Operator(
     "depthwise_conv2d",
     _check,
     (
-        Implementation("triton", lambda x, *_: triton_reason(x, (8, 0)), _triton),
+        triton_implementation("depthwise_conv2d"),
         Implementation("onednn", _onednn_reason, onednn.int8_conv2d),
         Implementation("conv2d", conv2d.reason, conv2d.depthwise_conv2d),
         Implementation("reference", lambda *_: "", reference.depthwise_conv2d, "last"),

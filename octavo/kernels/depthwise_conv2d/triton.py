@@ -7,20 +7,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import triton
 
-from octavo.kernels.common.convolution import Convolution
+from octavo.kernels.common.configs import power_of_two
+from octavo.kernels.common.convolution import Convolution, new_images
 from octavo.kernels.common.triton_launch import end_arguments, end_constants
 from octavo.kernels.depthwise_conv2d.configs import candidates, default_config, divisor
 from octavo.kernels.depthwise_conv2d.triton_depthwise import depthwise_kernel
-from octavo.kernels.dispatch.autotune import best_config, size_bucket
+from octavo.kernels.dispatch.autotune import best_config
 
 __all__ = ["by_taps", "depthwise_conv2d", "window_arguments"]
-
-_rule = functools.lru_cache(maxsize=4096)(default_config)
 
 
 def depthwise_conv2d(
@@ -38,17 +37,10 @@ def depthwise_conv2d(
         config: fields of `default_config`, in its place, for tests.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    size = c.window.out_size(x.shape[2], x.shape[3])
-    out = torch.empty(
-        (*x.shape[:2], *size),
-        dtype=c.epilogue.out_dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = new_images(x, x.shape[1], c.window, c.epilogue.out_dtype)
     if out.numel():
         with torch.cuda.device_of(x):
-            weight = by_taps(weight)
-            _launch(x, weight, out, c, _choose(x, weight, out, c) if config is None else config)
+            _launch(x, by_taps(weight), out, c, config or _choose(x, weight, out.shape, c))
     return out
 
 
@@ -68,26 +60,21 @@ def window_arguments(x: torch.Tensor, c: Convolution) -> tuple[int, ...]:
 
 
 def _choose(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, c: Convolution
+    x: torch.Tensor, weight: torch.Tensor, result: torch.Size, c: Convolution
 ) -> Mapping[str, int]:
     """The tuned configuration, or that of the rule."""
-    batch, channels, height, width = out.shape
-    shape = (size_bucket(batch), height, width, channels, x.element_size())
-    (kh, kw), (down, across) = c.window.kernel, c.window.stride
-    key = (
-        f"{shape[0]}x{height}x{width}x{channels} {kh}x{kw} by {down}x{across} "
-        f"{x.element_size()} {out.element_size()} {c.epilogue.activation}"
+    batch, channels, height, width = result
+    facts = (power_of_two(batch), height, width, channels, x.element_size())
+    (kh, kw), (down, across), e = c.window.kernel, c.window.stride, c.epilogue
+    return best_config(
+        "depthwise_conv2d",
+        f"{facts[0]}x{height}x{width}x{channels} {kh}x{kw} by {down}x{across} "
+        f"{x.element_size()} {e.out_dtype.itemsize} {e.activation}",
+        x.device,
+        default_config(*facts),
+        functools.partial(candidates, *facts),
+        functools.partial(depthwise_conv2d, x, weight, c),
     )
-
-    def run(config: Mapping[str, int]) -> torch.Tensor:
-        result = torch.empty_like(out)
-        _launch(x, weight, result, c, config)
-        return result
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(*shape)
-
-    return best_config("depthwise_conv2d", key, x.device, _rule(*shape), others, run)
 
 
 def _launch(

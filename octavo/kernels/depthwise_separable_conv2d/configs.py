@@ -1,24 +1,15 @@
-"""Tile sizes of the Triton kernel: by rule, and those worth measuring; and what a plan moves."""
+"""Tile sizes of the Triton kernel: by rule, and those worth measuring."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 
-from octavo.kernels.common.convolution import Window
-from octavo.kernels.depthwise_conv2d.configs import (
-    LINE,
-    divisor,
-    loaded_pixels,
-    power_of_two,
-    scattered,
-    spread,
-)
+from octavo.kernels.common.configs import Config, distinct, power_of_two
+from octavo.kernels.depthwise_conv2d.configs import LINE, divisor, scattered, spread
 
-__all__ = ["candidates", "default_config", "loaded_bytes", "pieces"]
-
-Config = dict[str, int]
+__all__ = ["candidates", "default_config"]
 
 LEAST_PIXELS = 16
 """Rows of the smallest product of tensor cores."""
@@ -29,7 +20,10 @@ SCATTERED = (LEAST_PIXELS, 128, LINE // 2, False)
 """Pixels, output channels, bytes of a pixel, and no row at once, where values lie unaligned."""
 
 
-def default_config(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Config:
+@functools.lru_cache(maxsize=4096)
+def default_config(
+    out_h: int, out_w: int, channels: int, outputs: int, size: int
+) -> Mapping[str, int]:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     64 pixels, which is what one instruction of sm_90 multiplies, and all output channels up to
@@ -46,47 +40,23 @@ def default_config(out_h: int, out_w: int, channels: int, outputs: int, size: in
     Returns:
         BLOCK_H, BLOCK_W, BLOCK_C, BLOCK_N, ROW, num_warps, num_stages; see `depthwise_conv2d`.
     """
+    shape = (out_h, out_w, channels, outputs, size)
     if scattered(channels, size):
-        return _config(out_h, out_w, channels, outputs, size, *SCATTERED)
-    return _config(out_h, out_w, channels, outputs, size, 64, MOST_OUTPUTS, LINE, size > 1)
+        return _config(*shape, *SCATTERED)
+    return _config(*shape, 64, MOST_OUTPUTS, LINE, size > 1)
 
 
 def candidates(out_h: int, out_w: int, channels: int, outputs: int, size: int) -> Iterator[Config]:
-    """Tile sizes worth measuring; takes the arguments and yields the fields of `config`."""
-    found = []
+    """Tile sizes worth measuring; takes the arguments and yields the fields of `default_config`."""
+    shape = (out_h, out_w, channels, outputs, size)
     if scattered(channels, size):
-        yield default_config(out_h, out_w, channels, outputs, size)
-        return
-    for (pixels, most), row, line in itertools.product(SHAPES, (False, True), (LINE, 2 * LINE)):
-        config = _config(out_h, out_w, channels, outputs, size, pixels, most, line, row)
-        fits = not row or (size > 1 and pixels <= 64)  # the registers
-        if fits and config not in found:
-            found.append(config)
-            yield config
-
-
-def pieces(config: Mapping[str, int]) -> int:
-    """Parts of a tile that the epilogue takes in turn, so that a thread has about 32 values."""
-    pixels = config["BLOCK_H"] * config["BLOCK_W"]
-    values = pixels * config["BLOCK_N"] // (32 * config["num_warps"])
-    return min(4, max(1, values // 32))
-
-
-def loaded_bytes(
-    window: Window,
-    batch: int,
-    out_h: int,
-    out_w: int,
-    channels: int,
-    outputs: int,
-    size: int,
-    config: Mapping[str, int],
-) -> int:
-    """Bytes of images and pointwise weights that all programs read, each program each once."""
-    images = loaded_pixels(window, out_h, out_w, config) * channels
-    count = math.ceil(out_h / config["BLOCK_H"]) * math.ceil(out_w / config["BLOCK_W"])
-    again = math.ceil(outputs / config["BLOCK_N"])
-    return batch * size * (images * again + count * outputs * channels)
+        return iter([_config(*shape, *SCATTERED)])
+    several = itertools.product(SHAPES, (False, True), (LINE, 2 * LINE))
+    return distinct(
+        _config(*shape, pixels, most, line, row)
+        for (pixels, most), row, line in several
+        if not row or (size > 1 and pixels <= 64)  # the registers
+    )
 
 
 def _config(

@@ -9,17 +9,17 @@ from octavo.kernels.common.convolution import (
     Convolution,
     Padding,
     Size2d,
-    as_images,
     as_rows,
-    check_zero_point,
+    check_convolution,
+    new_images,
     window_of,
 )
-from octavo.kernels.common.epilogue import FLOATS, MAX_K, Epilogue, check_epilogue, check_tensor
+from octavo.kernels.common.epilogue import MAX_K, Epilogue, check_alike
 from octavo.kernels.depthwise_conv2d.schema import bucket, check_images, result_dtype
 from octavo.kernels.depthwise_separable_conv2d import reference, two_kernel
 from octavo.kernels.depthwise_separable_conv2d.reference import Separable
 from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation
 
 __all__ = ["depthwise_separable_conv2d"]
 
@@ -64,21 +64,19 @@ def depthwise_separable_conv2d(
     Where a gradient is wanted and no backend is named, torch's own operators compute the result.
 
     Args:
-        x: float16, bfloat16, float32 or int8 codes [B, C, H, W]; any memory format, channels_last
-            without a copy.
-        dw_weight: of x's dtype [C, 1, kh, kw]; see `depthwise_conv2d`.
-        dw_bias: floating [C]; a BatchNorm is folded into weight and bias beforehand. For codes
-            also int32 [C], which is added to the sums.
+        x: as of `depthwise_conv2d`, [B, C, H, W].
+        dw_weight: likewise, [C, 1, kh, kw].
+        dw_bias: likewise, [C].
         pw_weight: of x's dtype [N, C] or [N, C, 1, 1].
         pw_bias: floating [N]; for codes also int32 [N].
-        stride: a number or (vertical, horizontal).
-        padding: as of `depthwise_conv2d`.
-        dilation: a number or (vertical, horizontal).
-        dw_activation: of the depthwise half; as of `depthwise_conv2d`.
+        stride: as of `depthwise_conv2d`.
+        padding: likewise.
+        dilation: likewise.
+        dw_activation: of the depthwise half; as of `int8_gemm`.
         pw_activation: of the pointwise half.
         residual: [B, N, H', W'], added after the last activation; floating, or int8 codes.
-        residual_scale: float32 [], for a residual of codes.
-        residual_zero_point: of a residual of codes.
+        residual_scale: as of `int8_gemm`.
+        residual_zero_point: likewise.
         scale_x: float32 [], of codes.
         dw_scale: float32 [] or [C], of the depthwise weights.
         mid_scale: float32 [], of the codes between the halves.
@@ -89,9 +87,7 @@ def depthwise_separable_conv2d(
             no pw_scale, pw_bias, activation or residual.
         out_scale: float32 [], of int8 output.
         out_zero_point: of int8 output.
-        backend: "auto", "triton" (one kernel), "two-kernel" or "reference"; one that is named
-            runs or is refused. On a GPU "auto" measures those that can run, once for each shape
-            bucket, and keeps the fastest; see `octavo.kernels.explain`.
+        backend: "auto", "triton" (one kernel), "two-kernel" or "reference"; see `octavo.kernels`.
 
     Returns:
         [B, N, H', W'] of `out_dtype`, channels_last.
@@ -129,49 +125,38 @@ def depthwise_separable_conv2d(
 
 def _check(x: torch.Tensor, dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable) -> None:
     check_images(x, dw_weight)
-    check_zero_point(x, s.depthwise.zero_point)
     channels = x.shape[1]
     if pw_weight.ndim != 2 or pw_weight.shape[1] != channels or not len(pw_weight):
         raise InputError(
             f"pw_weight {list(pw_weight.shape)} does not fit; it is [N, {channels}] or "
             f"[N, {channels}, 1, 1]"
         )
-    if pw_weight.dtype != x.dtype:
-        raise InputError(f"pw_weight is {pw_weight.dtype} and x {x.dtype}; convert one of them")
-    if pw_weight.device != x.device:
-        raise InputError(f"pw_weight is on {pw_weight.device} and x on {x.device}; move one")
+    check_alike("pw_weight", pw_weight, x)
     if not x.is_floating_point() and channels > MAX_K:
         raise InputError(f"sums over {channels} channels can overflow int32; {MAX_K} is the most")
-    n, first, second = len(pw_weight), s.depthwise.epilogue, s.pointwise
-    _check_middle(x, first)
-    size = s.depthwise.window.out_size(*x.shape[2:])
-    if second.residual is not None:
-        residual, wanted = as_images(second.residual), (x.shape[0], n, *size)
-        check_tensor("residual", residual, [wanted], x, (*FLOATS, torch.int8))
-    kinds = FLOATS if x.is_floating_point() else (*FLOATS, torch.int32)
-    check_tensor("dw_scale", first.scale_w, [(), (channels,)], x, (torch.float32,))
-    check_tensor("mid_scale", first.out_scale, [()], x, (torch.float32,))
-    check_tensor("pw_scale", second.scale_w, [(), (n,)], x, (torch.float32,))
-    check_tensor("dw_bias", first.bias, [(channels,)], x, kinds)
-    check_tensor("pw_bias", second.bias, [(n,)], x, kinds)
-    check_epilogue(first, x, scales_x=[()], n=channels, result=())
-    check_epilogue(second, x, scales_x=[()], n=n, result=(x.shape[0], *size, n))
-
-
-def _check_middle(x: torch.Tensor, first: Epilogue) -> None:
-    """Quantized values have all scales up to the middle, floats have none of them."""
-    if not -128 <= first.out_zero_point <= 127:
-        raise InputError(
-            f"mid_zero_point is {first.out_zero_point}; an int8 code is from -128 to 127"
-        )
+    first, zero_point = s.depthwise.epilogue, s.depthwise.epilogue.out_zero_point
+    # quantized values have all scales up to the middle, floats have none of them
     scales, names = (first.scale_x, first.scale_w, first.out_scale), "scale_x, dw_scale, mid_scale"
     if not x.is_floating_point():
         if any(scale is None for scale in scales):
             raise InputError(f"int8 codes need {names}; give all of them")
-    elif first.out_zero_point or any(scale is not None for scale in scales):
+    elif zero_point or any(scale is not None for scale in scales):
         raise InputError(
             f"{names} and mid_zero_point belong to int8 codes, and x is {x.dtype}; leave them out"
         )
+    check_convolution(
+        x,
+        s.depthwise,
+        channels,
+        scale_w="dw_scale",
+        bias="dw_bias",
+        out_scale="mid_scale",
+        out_zero_point="mid_zero_point",
+    )
+    second = s.depthwise._replace(epilogue=s.pointwise)
+    check_convolution(
+        x, second, len(pw_weight), scale_x="mid_scale", scale_w="pw_scale", bias="pw_bias"
+    )
 
 
 def _inline(
@@ -187,41 +172,21 @@ def _inline(
 def _fake(
     x: torch.Tensor, _dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable
 ) -> torch.Tensor:
-    return torch.empty(
-        (x.shape[0], pw_weight.shape[0], *s.depthwise.window.out_size(*x.shape[2:])),
-        dtype=s.pointwise.out_dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def _triton(
-    x: torch.Tensor, dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable
-) -> torch.Tensor:
-    from octavo.kernels.depthwise_separable_conv2d import triton
-
-    result: torch.Tensor = triton.depthwise_separable_conv2d(x, dw_weight, pw_weight, s)
-    return result
+    return new_images(x, pw_weight.shape[0], s.depthwise.window, s.pointwise.out_dtype)
 
 
 def _bucket(
     x: torch.Tensor, dw_weight: torch.Tensor, pw_weight: torch.Tensor, s: Separable
 ) -> tuple[object, ...]:
     """What decides which implementation is the fastest."""
-    return (
-        *bucket(x, dw_weight, s.depthwise),
-        pw_weight.shape[0],
-        str(s.pointwise.out_dtype).removeprefix("torch."),
-        s.pointwise.activation,
-        "residual" if s.pointwise.residual is not None else "alone",
-    )
+    return *bucket(x, dw_weight, s.depthwise), pw_weight.shape[0], *s.pointwise.kind
 
 
 OPERATOR = Operator(
     "depthwise_separable_conv2d",
     _check,
     (
-        Implementation("triton", lambda x, *_: triton_reason(x, (8, 0)), _triton),
+        triton_implementation("depthwise_separable_conv2d"),
         Implementation("two-kernel", lambda *_: "", two_kernel.depthwise_separable_conv2d),
         Implementation("reference", lambda *_: "", reference.depthwise_separable_conv2d, "last"),
     ),

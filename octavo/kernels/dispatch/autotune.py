@@ -30,11 +30,9 @@ __all__ = [
     "fastest",
     "instead_of_measuring",
     "label",
-    "size_bucket",
 ]
 
 Config = Mapping[str, int]
-Calls = Mapping[str, Callable[[], object]]
 Handler = Callable[[list[Config], Callable[[Config], object]], None]
 
 
@@ -63,11 +61,9 @@ def fastest(
     kind: str,
     key: str,
     device: torch.device,
-    calls: Callable[[], Calls],
-    *,
-    fits: Callable[[Any], bool] = lambda _: True,
-    values: Callable[[str], Any] = lambda name: name,
-    instead: Callable[[], None] | None = None,
+    options: Callable[[], Mapping[str, Any]],
+    run: Callable[[Any], object],
+    fits: Callable[[Any], bool],
 ) -> Outcome | str:
     """The fastest candidate known; measured on a miss, and kept.
 
@@ -76,11 +72,10 @@ def fastest(
         kind: "implementations" or "configs".
         key: everything that changes which one is the fastest.
         device: a GPU.
-        calls: gives name -> what runs this candidate on the caller's tensors, the rule's choice
-            first; asked on a miss only.
+        options: gives name -> what is kept of a candidate, the rule's choice first; asked on a
+            miss only.
+        run: runs such a candidate on the caller's tensors.
         fits: whether a choice that was kept can still be taken.
-        values: what is kept of a candidate of this name.
-        instead: called where something would be measured, in the place of that.
 
     Returns:
         the outcome, or why nothing can be measured now.
@@ -101,13 +96,13 @@ def fastest(
         reason = measurement_reason(device)
         if reason:
             return reason
-        if instead is not None:
-            instead()
+        if _handlers and kind == "configs":
+            _handlers[-1](list(options().values()), run)
             return "candidates are handed over and not measured"
         with exclusive(f"{kind} of {operator}") as free:
             if not free:
                 return "a measurement of it is under way"
-            entry = _measure(table, key, device, calls(), fits, values)
+            entry = _measure(table, key, device, options(), run, fits)
     found = _memory[place] = Outcome(
         entry["chosen"],
         tuple(entry.get("microseconds", {}).items()),
@@ -143,27 +138,14 @@ def best_config(
     """
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return rule
-    options: dict[str, Config] = {}
-
-    def calls() -> Calls:
-        options.update((label(one), one) for one in (rule, *candidates()))
-        return {name: functools.partial(run, one) for name, one in options.items()}
-
-    def fits(chosen: Config) -> bool:
-        return _fits(chosen, rule, f"{operator} {key}")
-
-    def hand_over() -> None:
-        _handlers[-1]([rule, *candidates()], run)
-
     found = fastest(
         operator,
         "configs",
         key,
         device,
-        calls,
-        fits=fits,
-        values=lambda name: dict(options[name]),
-        instead=hand_over if _handlers else None,
+        lambda: {label(one): dict(one) for one in (rule, *candidates())},
+        run,
+        lambda chosen: _fits(chosen, rule, f"{operator} {key}"),
     )
     return rule if isinstance(found, str) else found.chosen
 
@@ -171,11 +153,6 @@ def best_config(
 def label(config: Config) -> str:
     """A configuration as text, for tables and messages."""
     return " ".join(f"{name}={value}" for name, value in config.items())
-
-
-def size_bucket(size: int) -> int:
-    """The power of two that a size is rounded up to, for keys; 0 stays 0."""
-    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 @contextmanager
@@ -209,19 +186,20 @@ def _measure(
     table: Table,
     key: str,
     device: torch.device,
-    calls: Calls,
+    options: Mapping[str, Any],
+    run: Callable[[Any], object],
     fits: Callable[[Any], bool],
-    values: Callable[[str], Any],
 ) -> dict[str, Any]:
     operator = table.facts["operator"]
     with table.lock():
         ready = table.read().get(key)
         if ready is not None and fits(ready["chosen"]):  # another process was here first
             return ready
-        _log.info("measuring %d %s of %s for %s", len(calls), table.kind, operator, key)
+        _log.info("measuring %d %s of %s for %s", len(options), table.kind, operator, key)
+        calls = {name: functools.partial(run, one) for name, one in options.items()}
         times, failures = time_candidates(f"{operator} {key}", calls, device)
         entry = {
-            "chosen": values(min(times, key=lambda name: times[name])),
+            "chosen": options[min(times, key=lambda name: times[name])],
             "microseconds": {name: round(value, 3) for name, value in times.items()},
             "failures": failures,
         }

@@ -25,6 +25,8 @@ __all__ = ["Operator", "compiled_inline", "forget_plans", "wants_gradient"]
 
 MOST_PLANS = 4096
 """Kinds of calls that an operator remembers; models with many lengths of sequences have many."""
+Plan = tuple[Callable[..., Any], Decision]
+"""What runs a kind of call, and what to tell of it."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SIMPLE = {
     torch.Tensor: "Tensor",
@@ -47,11 +49,6 @@ class _Argument(NamedTuple):
     record: Callable[..., Any] | None = None
     fields: tuple[Any, ...] = ()
     several: bool = False
-
-
-class _Plan(NamedTuple):
-    run: Callable[..., Any]
-    decision: Decision
 
 
 class Operator:
@@ -88,7 +85,7 @@ class Operator:
     ) -> None:
         self.name, self.implementations, self._writes = name, tuple(implementations), bool(updated)
         self._check, self._bucket, self._inline = check, bucket, inline
-        self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._plans: dict[tuple[object, ...], Plan] = {}
         _operators.append(self)
         hints = typing.get_type_hints(check)
         hints.pop("return", None)
@@ -119,8 +116,9 @@ class Operator:
         if plan is None:
             self._check(*arguments)
             plan = self._planned(key, arguments, backend)
-        record(plan.decision)
-        return plan.run(*arguments)
+        run, decision = plan
+        record(decision)
+        return run(*arguments)
 
     def flat(self, *arguments: Any) -> list[Any]:
         """The arguments as `torch.ops.octavo` takes them, before the backend."""
@@ -128,13 +126,13 @@ class Operator:
 
     def _planned(
         self, key: tuple[object, ...] | None, arguments: Sequence[Any], backend: str
-    ) -> _Plan:
+    ) -> Plan:
         x = arguments[0]
         bucket = self._bucket(*arguments) if self._bucket is not None and x.is_cuda else None
         found = select(
             self.name, self.implementations, backend, arguments, device=x.device, bucket=bucket
         )
-        plan = _Plan(found.implementation.run, found.decision)
+        plan = found.implementation.run, found.decision
         if key is not None and found.settled:
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
@@ -159,8 +157,9 @@ class Operator:
             # a program that was exported may be given anything, so nothing is kept unchecked
             self._check(*arguments)
             plan = self._planned(key, arguments, backend)
-        record(plan.decision)
-        return plan.run(*arguments)
+        run, decision = plan
+        record(decision)
+        return run(*arguments)
 
     def _ungraded(self, *flat: Any) -> Any:
         if _kind(flat, "") is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "record",
     "select",
+    "triton_implementation",
     "triton_reason",
     "use_backend",
 ]
@@ -97,6 +99,8 @@ class Choice(NamedTuple):
     settled: bool = True
 
 
+MOST_ROWS = 2**31 - 2**8
+"""Rows of a result that int32 counts, with a tile beyond the last one."""
 INTERPRETED = "TRITON_INTERPRET=1 is for tests, which ask for it by name"
 _last: dict[str, Decision] = {}
 _asked: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="auto")
@@ -137,17 +141,23 @@ def select(
     able, reasons = _candidates(implementations, arguments)
     if len(able) < 2:
         return _by_rule(operator, implementations, arguments)
-    calls = {one.name: functools.partial(one.run, *arguments) for one in able}
+    named = {one.name: one for one in able}
     # what can run depends on more than the bucket: torch._int_mm wants sizes in eights
-    key = f"{'-'.join(map(str, bucket))} of {', '.join(calls)}"
+    words = (str(one).removeprefix("torch.") for one in bucket)
     found = fastest(
-        operator, "implementations", key, device, lambda: calls, fits=calls.__contains__
+        operator,
+        "implementations",
+        f"{'-'.join(words)} of {', '.join(named)}",
+        device,
+        lambda: {name: name for name in named},
+        lambda name: named[name].run(*arguments),
+        named.__contains__,
     )
     if isinstance(found, str):
         return _by_rule(operator, implementations, arguments, found)
     failed = tuple((name, f"failed: {reason}") for name, reason in found.failures)
     decision = Decision(operator, found.chosen, (*reasons, *failed), found.microseconds)
-    return Choice(next(one for one in able if one.name == found.chosen), decision)
+    return Choice(named[found.chosen], decision)
 
 
 @contextlib.contextmanager
@@ -188,13 +198,19 @@ def record(decision: Decision) -> None:
     _last[decision.operator] = decision
 
 
-def triton_reason(tensor: torch.Tensor, capability: tuple[int, int] = (7, 0)) -> str:
+def triton_reason(
+    tensor: torch.Tensor, capability: tuple[int, int] = (7, 0), **counted: int
+) -> str:
     """Why a Triton kernel cannot take a tensor, or nothing.
 
     Args:
         tensor: one of the operator's arguments.
         capability: the least compute capability that the kernel compiles for.
+        **counted: rows or pixels of a call that the kernel counts in int32.
     """
+    for name, count in counted.items():
+        if count > MOST_ROWS:
+            return f"it counts up to {MOST_ROWS} {name}"
     if not _triton_is_installed():
         return "triton is not installed"
     device = tensor.device
@@ -208,6 +224,26 @@ def triton_reason(tensor: torch.Tensor, capability: tuple[int, int] = (7, 0)) ->
     if found < capability:
         return f"compute capability {found} is below {capability}"
     return ""
+
+
+def triton_implementation(
+    operator: str,
+    reason: Callable[..., str] = lambda x, *_: triton_reason(x, (8, 0)),
+    folder: str = "",
+) -> Implementation:
+    """An operator's kernels: its function in triton.py, which is imported with the first call.
+
+    Args:
+        operator: name of that function.
+        reason: as of `Implementation`.
+        folder: of the operator, where it has another name.
+    """
+
+    def run(*arguments: Any) -> Any:
+        module = importlib.import_module(f"octavo.kernels.{folder or operator}.triton")
+        return getattr(module, operator)(*arguments)
+
+    return Implementation("triton", reason, run)
 
 
 def _named(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.cases import SHORT, Call, Case, Shapes, by_importance, seeded
 from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
@@ -20,14 +20,10 @@ OFF_BY_ONE = 0.02
 """Error that codes may have which torch rounds another way, here and there."""
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """Scales per token, without and with a SmoothQuant divisor; M x K."""
-    chosen = shapes or [(m, k) for m, (k,) in by_importance(ROWS, COLUMNS)]
-    return [
-        _case(m, k, dtype or torch.bfloat16, smooth) for m, k in chosen for smooth in (False, True)
-    ]
+    chosen = shapes or by_importance(ROWS, COLUMNS)
+    return [_case(m, k, dtype, smooth) for m, k in chosen for smooth in (False, True)]
 
 
 def small_shapes() -> list[tuple[int, ...]]:
@@ -37,11 +33,9 @@ def small_shapes() -> list[tuple[int, ...]]:
 
 def _case(m: int, k: int, dtype: torch.dtype, smooth: bool) -> Case:
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(m + k)
-        arguments = {"x": torch.randn(m, k, generator=random, device=device).to(dtype)}
-        if smooth:
-            arguments["smooth"] = torch.rand(k, generator=random, device=device) + 0.5
-        return arguments
+        options = seeded(device, m + k)
+        x = torch.randn(m, k, **options).to(dtype)
+        return {"x": x, "smooth": torch.rand(k, **options) + 0.5} if smooth else {"x": x}
 
     return Case(
         operator="dynamic_quantize",
@@ -58,16 +52,8 @@ def _case(m: int, k: int, dtype: torch.dtype, smooth: bool) -> Case:
     )
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:  # noqa: ARG001 - protocol
-    """The same steps in torch, as people write them; by themselves and fused by Inductor."""
-    steps, device = _steps(arguments), arguments["x"].device
-    found = [Call("torch eager", steps, OFF_BY_ONE)]
-    if compiled:
-        found.append(Call("torch Inductor", inductor(steps, device), OFF_BY_ONE))
-    return found
-
-
-def _steps(arguments: Mapping[str, Any]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+def baselines(_: Case, arguments: Mapping[str, Any]) -> list[Call]:
+    """The same steps in torch, as people write them."""
     x, smooth = arguments["x"], arguments.get("smooth")
 
     def quantize() -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,4 +61,4 @@ def _steps(arguments: Mapping[str, Any]) -> Callable[[], tuple[torch.Tensor, tor
         scale = values.abs().amax(-1) / 127
         return torch.round(values / scale[:, None]).to(torch.int8), scale
 
-    return quantize
+    return [Call("torch eager", quantize, OFF_BY_ONE)]

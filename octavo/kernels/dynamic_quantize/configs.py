@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
+
+from octavo.kernels.common.configs import Config, distinct, power_of_two
 
 __all__ = ["candidates", "default_config"]
 
@@ -17,23 +20,23 @@ PROGRAMS = 264
 """Two for each multiprocessor of an H100: rows are not put together below that."""
 
 
-def default_config(m: int, k: int) -> dict[str, int]:
+@functools.lru_cache(maxsize=4096)
+def default_config(m: int, k: int) -> Mapping[str, int]:
     """How m rows of length k are read, by rule: nothing has been tuned on a GPU yet.
 
     With ROWS several whole rows, without it one row in blocks.
     """
     if k > FITS:
         return {"BLOCK": 8192, "num_warps": 32 if m < PROGRAMS else 8}
-    block, rows = _power_of_2(k), 1
+    block, rows = power_of_two(k), 1
     while rows * block < TILE and -(-m // (2 * rows)) >= PROGRAMS:
         rows *= 2
     # few programs: more threads, so that all of a row is on its way at once
     return _tile(rows, block, 16 if -(-m // rows) < PROGRAMS else 32)
 
 
-def candidates(m: int, k: int) -> Iterator[dict[str, int]]:
+def candidates(m: int, k: int) -> Iterator[Config]:
     """Configurations worth measuring on a GPU for m rows of length k; the rule's comes first."""
-    first = default_config(m, k)
     if k > FITS:
         several = [
             {"BLOCK": block, "num_warps": warps}
@@ -42,24 +45,16 @@ def candidates(m: int, k: int) -> Iterator[dict[str, int]]:
             if block // warps <= 1024
         ]
     else:
-        block = _power_of_2(k)
+        block = power_of_two(k)
         several = [
             _tile(rows, block, per_thread)
             for rows in (1, 2, 4, 8, 16, 32)
             if rows == 1 or (rows * block <= 2 * TILE and rows <= m)
             for per_thread in (8, 16, 32)
         ]
-    yield first
-    for index, one in enumerate(several):
-        if one != first and one not in several[:index]:
-            yield one
+    return distinct([dict(default_config(m, k)), *several])
 
 
-def _tile(rows: int, block: int, per_thread: int) -> dict[str, int]:
+def _tile(rows: int, block: int, per_thread: int) -> Config:
     warps = rows * block // (32 * per_thread)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(max(warps, 1), 32)}
-
-
-def _power_of_2(k: int) -> int:
-    """The least one that is not below k."""
-    return 1 << (k - 1).bit_length()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import FLOATS
+from octavo.kernels.common.epilogue import FLOATS, check_tensor
 from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
 from octavo.kernels.dynamic_quantize import native, reference
 
 __all__ = ["dynamic_quantize"]
@@ -30,8 +30,8 @@ def dynamic_quantize(
         x: float16, bfloat16 or float32 [..., K]; any strides.
         smooth: what SmoothQuant (arXiv 2211.10438) divides by; floating, [K].
         granularity: "per-token" (a scale for each vector along the last axis) or "per-tensor".
-        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI) or "reference"; one that
-            is named runs or is refused.
+        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI) or "reference"; see
+            `octavo.kernels`.
 
     Returns:
         codes int8 [..., K] and scales float32, [...] per token and [] per tensor.
@@ -53,15 +53,7 @@ def _check(x: torch.Tensor, smooth: torch.Tensor | None, per_token: bool) -> Non
         raise InputError(f"x is {x.dtype}; dynamic_quantize takes float16, bfloat16 or float32")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise InputError(f"x has shape {list(x.shape)}; its last axis must hold values")
-    if smooth is None:
-        return
-    if tuple(smooth.shape) != tuple(x.shape[-1:]) or not smooth.dtype.is_floating_point:
-        raise InputError(
-            f"smooth is {smooth.dtype} {list(smooth.shape)}; x of shape {list(x.shape)} needs "
-            f"a floating tensor of [{x.shape[-1]}]"
-        )
-    if smooth.device != x.device:
-        raise InputError(f"smooth is on {smooth.device} and x on {x.device}; move one of them")
+    check_tensor("smooth", smooth, [tuple(x.shape[-1:])], x, (*FLOATS, torch.float64))
 
 
 def _inline(
@@ -80,19 +72,11 @@ def _fake(
     return x.new_empty(x.shape, dtype=torch.int8), scale
 
 
-def _triton(
-    x: torch.Tensor, smooth: torch.Tensor | None, per_token: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from octavo.kernels.dynamic_quantize import triton
-
-    return triton.dynamic_quantize(x, smooth, per_token)
-
-
 OPERATOR = Operator(
     "dynamic_quantize",
     _check,
     (
-        Implementation("triton", lambda x, *_: triton_reason(x), _triton),
+        triton_implementation("dynamic_quantize", lambda x, *_: triton_reason(x)),
         Implementation("native", native.reason, native.dynamic_quantize),
         Implementation("reference", lambda *_: "", reference.dynamic_quantize, "last"),
     ),

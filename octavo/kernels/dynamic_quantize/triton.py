@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import triton
 
-from octavo.kernels.dispatch.autotune import best_config, size_bucket
+from octavo.kernels.common.configs import power_of_two
+from octavo.kernels.common.triton_launch import pointers
+from octavo.kernels.dispatch.autotune import best_config
 from octavo.kernels.dynamic_quantize.configs import candidates, default_config
 from octavo.kernels.dynamic_quantize.triton_rows import long_row_kernel, rows_kernel
 
@@ -35,17 +37,15 @@ def dynamic_quantize(
     scale = torch.empty(x.shape[:-1] if per_token else (), dtype=torch.float32, device=x.device)
     if not M:
         return codes, scale if per_token else scale.fill_(1.0).div_(127.0)
-    if chosen is None:
-        chosen = _choose(x, smooth, per_token, M, K)
+    chosen = chosen or _choose(x, smooth, per_token)
     programs = triton.cdiv(M, chosen.get("ROWS", 1))
     kernel = rows_kernel if "ROWS" in chosen else long_row_kernel
     rows, inner, stride_outer, stride_inner = _rows(x.detach())
 
     def launch(peaks: torch.Tensor, mode: str) -> None:
-        divisor = x if smooth is None else smooth.contiguous()  # never read where there is none
         with torch.cuda.device_of(x):
             kernel[(programs,)](
-                rows, divisor, peaks, scale, codes, M, K, peaks.numel(),
+                rows, *pointers(x, smooth), peaks, scale, codes, M, K, peaks.numel(),
                 inner, stride_outer, stride_inner, rows.stride(-1),
                 SMOOTH=smooth is not None, MODE=mode, PARTS=PARTS, **{"FMA": x.is_cuda, **chosen},
             )  # fmt: skip
@@ -59,26 +59,19 @@ def dynamic_quantize(
     return codes, scale
 
 
-def _choose(
-    x: torch.Tensor, smooth: torch.Tensor | None, per_token: bool, m: int, k: int
-) -> Mapping[str, int]:
-    """The tuned configuration for m rows of length k, or that of the rule."""
-    m = size_bucket(m)
+def _choose(x: torch.Tensor, smooth: torch.Tensor | None, per_token: bool) -> Mapping[str, int]:
+    """The tuned configuration, or that of the rule."""
+    k = x.shape[-1]
+    m = power_of_two(x.numel() // k)
     words = ["token" if per_token else "tensor"] + ["smooth"] * (smooth is not None)
-    key = f"{m}x{k} {x.element_size()} {' '.join(words)}"
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(m, k)
-
-    def run(config: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
-        return dynamic_quantize(x, smooth, per_token, config)
-
-    return best_config("dynamic_quantize", key, x.device, _rule(m, k), others, run)
-
-
-@functools.lru_cache(maxsize=4096)
-def _rule(m: int, k: int) -> Mapping[str, int]:
-    return default_config(m, k)
+    return best_config(
+        "dynamic_quantize",
+        f"{m}x{k} {x.element_size()} {' '.join(words)}",
+        x.device,
+        default_config(m, k),
+        functools.partial(candidates, m, k),
+        functools.partial(dynamic_quantize, x, smooth, per_token),
+    )
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from octavo.kernels.common.configs import Config, distinct, power_of_two
 from octavo.kernels.int8_gemm.configs import shared_limit
 
 __all__ = ["Facts", "candidates", "default_config", "folds"]
-
-Config = dict[str, int]
 
 FEW_CHANNELS = 16
 """Channels below which taps and channels are one axis of the sum."""
@@ -54,7 +54,8 @@ class Facts:
         return shared_limit(self.capability or (8, 0))
 
 
-def default_config(facts: Facts) -> Config:
+@functools.lru_cache(maxsize=4096)
+def default_config(facts: Facts) -> Mapping[str, int]:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     The largest tile with which there still is a program a multiprocessor.
@@ -76,19 +77,21 @@ def default_config(facts: Facts) -> Config:
 
 def candidates(facts: Facts) -> Iterator[Config]:
     """Tile sizes worth measuring for a shape, all of which the architecture can run."""
-    wide, step, seen = _width(facts.n), _step(facts), set()
-    for block_m, block_n, block_k, stages in itertools.product(
+    wide, step = _width(facts.n), _step(facts)
+    several = itertools.product(
         (128, 64) if facts.m > 64 else (64,),
-        dict.fromkeys((wide, min(wide, 64))),
-        dict.fromkeys((step, step if folds(facts.channels) else min(2 * step, MOST_STEP))),
+        (wide, min(wide, 64)),
+        (step, step if folds(facts.channels) else min(2 * step, MOST_STEP)),
         (4, 3, 2),
-    ):
-        config = _config(facts, block_m, block_n, block_k, stages)
-        key = tuple(config.values())
-        operands = config["num_stages"] * (block_m + block_n) * block_k
-        if key not in seen and operands < facts.shared_limit:
-            seen.add(key)
-            yield config
+    )
+    found = (_config(facts, *one) for one in several)
+    return distinct(one for one in found if _operands(one) < facts.shared_limit)
+
+
+def _operands(config: Config) -> int:
+    """Bytes of all stages."""
+    rows = config["BLOCK_M"] + config["BLOCK_N"]
+    return config["num_stages"] * rows * config["BLOCK_K"]
 
 
 def _config(facts: Facts, block_m: int, block_n: int, block_k: int, stages: int) -> Config:
@@ -107,7 +110,7 @@ def _config(facts: Facts, block_m: int, block_n: int, block_k: int, stages: int)
 
 def _width(n: int) -> int:
     """The tile's width for n output channels: 16 to 128."""
-    return min(128, max(16, 1 << (n - 1).bit_length()))
+    return min(128, max(16, power_of_two(n)))
 
 
 def _step(facts: Facts) -> int:

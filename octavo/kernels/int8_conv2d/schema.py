@@ -8,26 +8,23 @@ import torch
 
 from octavo.core.errors import InputError
 from octavo.kernels.common import onednn
+from octavo.kernels.common.configs import power_of_two
 from octavo.kernels.common.convolution import (
     Convolution,
     Padding,
     Size2d,
-    as_images,
     as_rows,
-    check_zero_point,
+    check_convolution,
+    new_images,
     window_of,
 )
-from octavo.kernels.common.epilogue import (
-    FLOATS,
-    MAX_K,
-    MOST_ROWS,
-    Epilogue,
-    check_epilogue,
-    check_tensor,
-)
-from octavo.kernels.dispatch.autotune import size_bucket
+from octavo.kernels.common.epilogue import MAX_K, Epilogue, check_alike
 from octavo.kernels.dispatch.operator import Operator
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import (
+    Implementation,
+    triton_implementation,
+    triton_reason,
+)
 from octavo.kernels.int8_conv2d import int_mm, reference
 
 __all__ = ["int8_conv2d"]
@@ -69,26 +66,22 @@ def int8_conv2d(
         w_q: weights, int8 [N, C / groups, kh, kw]; fastest in channels_last.
         scale_x: float32 [].
         scale_w: float32 [] or, a scale an output channel, [N].
-        bias: floating [N], added after scaling; or int32 [N], added to the accumulators, as
-            INT8 engines do it.
-        stride: a number for both directions, or (vertical, horizontal).
+        bias: as of `int8_gemm`.
+        stride: a number or (vertical, horizontal).
         padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same" as in
             `octavo.kernels.common.convolution.make_window`.
-        dilation: a number for both directions, or (vertical, horizontal).
+        dilation: a number or (vertical, horizontal).
         groups: into which the channels of x and of the result are split.
         zero_point: the code of 0.0 in x_q.
-        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".
-        residual: added after the activation [B, N, H', W']; floating, or int8 codes.
-        residual_scale: float32 [], for a residual of codes.
+        activation: as of `int8_gemm`, as what follows.
+        residual: [B, N, H', W'].
+        residual_scale: float32 [].
         residual_zero_point: of a residual of codes.
-        out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
-            accumulators alone, which take no scales, bias, activation or residual.
-        out_scale: float32 [], for int8 output.
-        out_zero_point: the code of 0.0 in int8 output.
+        out_dtype: of the result.
+        out_scale: float32 [].
+        out_zero_point: of int8 output.
         backend: "auto", "triton", "onednn" (on CPUs), "int_mm" (torch._int_mm and the epilogue in
-            torch) or "reference"; one that is named runs or is refused. On a GPU "auto" measures
-            those that can run, once for each shape bucket, and keeps the fastest; see
-            `octavo.kernels.explain`.
+            torch) or "reference"; see `octavo.kernels`.
 
     Returns:
         [B, N, H', W'] of `out_dtype`, channels_last.
@@ -132,48 +125,29 @@ def _check(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> None:
             f"w_q {list(w.shape)} makes sums of {products} products, and those of more than "
             f"{MAX_K} can overflow int32; split the channels"
         )
-    if w.device != x.device:
-        raise InputError(f"w_q is on {w.device} and x_q on {x.device}; move one of them")
-    check_zero_point(x, c.zero_point)
-    n, size = w.shape[0], c.window.out_size(*x.shape[2:])
-    if c.epilogue.residual is not None:
-        residual, wanted = as_images(c.epilogue.residual), (x.shape[0], n, *size)
-        check_tensor("residual", residual, [wanted], x, (*FLOATS, torch.int8))
-    check_epilogue(c.epilogue, x, scales_x=[()], n=n, result=(x.shape[0], *size, n))
+    check_alike("w_q", w, x, "x_q", dtype=False)
+    check_convolution(x, c, w.shape[0])
 
 
 def _fake(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
-    shape = (x.shape[0], *c.window.out_size(*x.shape[2:]), w.shape[0])
-    return x.new_empty(shape, dtype=c.epilogue.out_dtype).permute(0, 3, 1, 2)
+    return new_images(x, w.shape[0], c.window, c.epilogue.out_dtype)
 
 
-def _triton(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> torch.Tensor:
-    from octavo.kernels.int8_conv2d import triton
-
-    return triton.int8_conv2d(x, w, c)
-
-
-def _triton_reason(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> str:
-    """Why the kernel, whose rows are pixels, cannot make this convolution, or nothing."""
-    _, _, height, width = x.shape
-    if max(height * width, x.shape[0] * math.prod(c.window.out_size(height, width))) > MOST_ROWS:
-        return f"it counts up to {MOST_ROWS} pixels"
-    return triton_reason(x, (8, 0))
+def _triton_reason(x: torch.Tensor, _w: torch.Tensor, c: Convolution) -> str:
+    (batch, _, *size), (high, wide) = x.shape, c.window.out_size(*x.shape[2:])
+    return triton_reason(x, (8, 0), pixels=max(math.prod(size), batch * high * wide))
 
 
 def _bucket(x: torch.Tensor, w: torch.Tensor, c: Convolution) -> tuple[object, ...]:
     """What decides which implementation is the fastest."""
-    e, last = c.epilogue, torch.channels_last
     return (
-        size_bucket(x.shape[0]),
+        power_of_two(x.shape[0]),
         *x.shape[1:],
         *w.shape,
         *c.window.stride,
         *c.window.dilation,
-        str(e.out_dtype).removeprefix("torch."),
-        e.activation,
-        "alone" if e.residual is None else "residual" if e.residual_scale is None else "codes",
-        "last" if x.is_contiguous(memory_format=last) else "strided",
+        *c.epilogue.kind,
+        "last" if x.is_contiguous(memory_format=torch.channels_last) else "strided",
     )
 
 
@@ -181,7 +155,7 @@ OPERATOR = Operator(
     "int8_conv2d",
     _check,
     (
-        Implementation("triton", _triton_reason, _triton),
+        triton_implementation("int8_conv2d", _triton_reason),
         Implementation("onednn", onednn.reason, onednn.int8_conv2d),
         Implementation("int_mm", int_mm.reason, int_mm.int8_conv2d),
         Implementation("reference", lambda *_: "", reference.int8_conv2d, "last"),

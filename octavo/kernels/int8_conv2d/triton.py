@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import triton
 from torch.nn import functional
 
-from octavo.kernels.common.convolution import Convolution
+from octavo.kernels.common.configs import pieces
+from octavo.kernels.common.convolution import Convolution, new_images
 from octavo.kernels.common.triton_launch import device_facts, end_arguments, end_constants
 from octavo.kernels.depthwise_conv2d.triton import depthwise_conv2d
 from octavo.kernels.dispatch.autotune import best_config
@@ -21,11 +22,9 @@ from octavo.kernels.int8_conv2d.configs import Facts, candidates, default_config
 from octavo.kernels.int8_conv2d.reference import is_pointwise
 from octavo.kernels.int8_conv2d.triton_implicit import conv_kernel
 from octavo.kernels.int8_gemm import triton as gemm
-from octavo.kernels.int8_gemm.configs import bucket, pieces
+from octavo.kernels.int8_gemm.configs import bucket
 
 __all__ = ["int8_conv2d"]
-
-_rule = functools.lru_cache(maxsize=4096)(default_config)
 
 
 def int8_conv2d(
@@ -50,14 +49,13 @@ def int8_conv2d(
         return y.permute(0, 3, 1, 2)
     if config is None and x.shape[1] == len(w) and w.shape[1] == 1:
         return depthwise_conv2d(x, w, c)
-    high, wide = c.window.out_size(*x.shape[2:])
-    out = torch.empty(len(x), high, wide, len(w), dtype=c.epilogue.out_dtype, device=x.device)
+    out = new_images(x, len(w), c.window, c.epilogue.out_dtype)
     if out.numel():
         with torch.cuda.device_of(x):
             codes, weights = _channels_last(x, x.shape[1] // w.shape[1]), _channels_last(w, 1)
-            chosen = _choose(codes, weights, out, c) if config is None else config
-            _launch(codes, weights, out, c, chosen)
-    return out.permute(0, 3, 1, 2)
+            config = config or _choose(x, w, weights.shape[-1], out, c)
+            _launch(codes, weights, out.permute(0, 2, 3, 1), c, config)
+    return out
 
 
 def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -75,29 +73,21 @@ def _channels_last(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _choose(
-    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, c: Convolution
+    x: torch.Tensor, w: torch.Tensor, channels: int, out: torch.Tensor, c: Convolution
 ) -> Mapping[str, int]:
-    """The tuned configuration, or that of the rule."""
-    window, heavy, channels = c.window, gemm.is_heavy(c.epilogue), w.shape[-1]
-    groups = x.shape[-1] // channels
-    m, n = out.numel() // len(w), len(w) // groups
-    capability, processors = device_facts(x.device)
-    facts = Facts(bucket(m), n, channels, window.taps, groups, heavy, capability, processors)
-    key = (
-        f"{bucket(m)}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride "
-        f"{window.stride[0]} groups {groups} {_border(c)} {out.element_size()} "
-        f"{'heavy' if heavy else 'light'}"
+    """The tuned configuration, or that of the rule, for so many channels a group as are read."""
+    window, heavy, groups = c.window, gemm.is_heavy(c.epilogue), x.shape[1] // w.shape[1]
+    m, n = bucket(out.numel() // len(w)), len(w) // groups
+    facts = Facts(m, n, channels, window.taps, groups, heavy, *device_facts(x.device))
+    return best_config(
+        "int8_conv2d",
+        f"{m}x{n}x{channels} {window.kernel[0]}x{window.kernel[1]} stride {window.stride[0]} "
+        f"groups {groups} {_border(c)} {out.element_size()} {'heavy' if heavy else 'light'}",
+        x.device,
+        default_config(facts),
+        functools.partial(candidates, facts),
+        functools.partial(int8_conv2d, x, w, c),
     )
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(facts)
-
-    def run(config: Mapping[str, int]) -> torch.Tensor:
-        result = torch.empty_like(out)
-        _launch(x, w, result, c, config)
-        return result
-
-    return best_config("int8_conv2d", key, x.device, _rule(facts), others, run)
 
 
 def _border(c: Convolution) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from octavo.kernels.cases import (
     SHORT,
     Call,
     Case,
+    Shapes,
     by_importance,
-    inductor,
+    dtype_name,
+    random_codes,
+    seeded,
 )
 from octavo.kernels.common.epilogue import ACTIVATIONS, Epilogue
 from octavo.kernels.int8_gemm import int_mm
@@ -30,16 +34,10 @@ HALF_PRODUCT = 1e-2
 """Error of a product of bfloat16 values, each rounded from what the codes stand for."""
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """Bare ones (scales alone), then those with bias and GELU; M x N x K."""
-    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LINEAR_LAYERS)]
-    return [
-        _case(m, n, k, dtype or torch.bfloat16, fused)
-        for m, n, k in chosen
-        for fused in (False, True)
-    ]
+    chosen = shapes or by_importance(ROWS, LINEAR_LAYERS)
+    return [_case(tuple(shape), dtype, fused) for shape in chosen for fused in (False, True)]
 
 
 def small_shapes() -> list[tuple[int, ...]]:
@@ -47,13 +45,14 @@ def small_shapes() -> list[tuple[int, ...]]:
     return [(1, 768, 768), (17, 768, 768), (128, 768, 3072), (128, 3072, 768)]
 
 
-def _case(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> Case:
+def _case(shape: tuple[int, ...], dtype: torch.dtype, fused: bool) -> Case:
+    m, n, k = shape
+
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(m + n + k)
-        options: dict[str, Any] = {"generator": random, "device": device}
+        options = seeded(device, m + n + k)
         arguments: dict[str, Any] = {
-            "x_q": torch.randint(-128, 128, (m, k), dtype=torch.int8, **options),
-            "w_q": torch.randint(-128, 128, (n, k), dtype=torch.int8, **options),
+            "x_q": random_codes(m, k, **options),
+            "w_q": random_codes(n, k, **options),
             "scale_x": torch.rand(m, **options) * 0.01 + 0.01,
             "scale_w": (torch.rand(n, **options) + 1) / (100 * k**0.5),
             "out_dtype": dtype,
@@ -67,7 +66,7 @@ def _case(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> Case:
     return Case(
         operator="int8_gemm",
         name=f"{m}x{n}x{k} {SHORT[dtype]}" + (" bias gelu" if fused else ""),
-        shape=(m, n, k),
+        shape=shape,
         dtype=dtype,
         bytes=moved,
         operations=2 * m * n * k,
@@ -79,52 +78,24 @@ def _case(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> Case:
     )
 
 
-def _epilogue(arguments: Mapping[str, Any]) -> Epilogue:
-    return Epilogue(
-        arguments["scale_x"],
-        arguments["scale_w"],
-        arguments.get("bias"),
-        arguments.get("residual"),
-        None,
-        arguments.get("activation", "none"),
-        arguments["out_dtype"],
-    )
-
-
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
+def baselines(case: Case, arguments: Mapping[str, Any]) -> list[Call]:
     """Float linear layers on what the codes stand for, and torch._int_mm with torch's epilogue."""
-    m, n, k = case.shape
-    x = arguments["x_q"] * arguments["scale_x"][:, None]
-    w = arguments["w_q"] * arguments["scale_w"][:, None]
+    (m, n, k), x_q, w_q = case.shape, arguments["x_q"], arguments["w_q"]
+    scale_x, scale_w, bias = arguments["scale_x"], arguments["scale_w"], arguments.get("bias")
+    activation = arguments.get("activation", "none")
+    values = (x_q * scale_x[:, None], w_q * scale_w[:, None], bias)
     found = []
     for dtype in dict.fromkeys((torch.float32, case.dtype)):
-        linear = _linear(x.to(dtype), w.to(dtype), arguments)
-        tolerance = 1e-5 if dtype == torch.float32 else HALF_PRODUCT
-        tolerance = max(tolerance, case.tolerance)
+        operands = (None if one is None else one.to(dtype) for one in values)
+        linear = functools.partial(_linear, activation, *operands)
+        tolerance = max(1e-5 if dtype == torch.float32 else HALF_PRODUCT, case.tolerance)
         moved = (m * k + n * k + m * n) * dtype.itemsize
-        title, rate = f"F.linear {SHORT[dtype]}", str(dtype).removeprefix("torch.")
-        found.append(Call(title, linear, tolerance, moved, rate))
-        if compiled:
-            found.append(
-                Call(f"{title} Inductor", inductor(linear, x.device), tolerance, moved, rate)
-            )
-    if not int_mm.reason(arguments["x_q"], arguments["w_q"]):
-        product = _product(arguments)
-        found.append(Call("torch int_mm", product, case.tolerance))
-        if compiled:
-            found.append(Call("torch int_mm Inductor", inductor(product, x.device), case.tolerance))
+        found.append(Call(f"F.linear {SHORT[dtype]}", linear, tolerance, moved, dtype_name(dtype)))
+    if not int_mm.reason(x_q, w_q):
+        e = Epilogue(scale_x, scale_w, bias, None, None, activation, case.dtype)
+        found.append(Call("torch int_mm", lambda: e(torch._int_mm(x_q, w_q.T)), case.tolerance))
     return found
 
 
-def _linear(
-    x: torch.Tensor, w: torch.Tensor, arguments: Mapping[str, Any]
-) -> Callable[[], torch.Tensor]:
-    bias = arguments.get("bias")
-    bias = None if bias is None else bias.to(x.dtype)
-    activate = ACTIVATIONS[arguments.get("activation", "none")]
-    return lambda: activate(functional.linear(x, w, bias))
-
-
-def _product(arguments: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
-    x, w, epilogue = arguments["x_q"], arguments["w_q"], _epilogue(arguments)
-    return lambda: epilogue(torch._int_mm(x, w.T))
+def _linear(activation: str, *operands: Any) -> torch.Tensor:
+    return ACTIVATIONS[activation](functional.linear(*operands))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
 
-__all__ = ["bucket", "candidates", "default_config", "pieces", "shared_bytes", "shared_limit"]
+from octavo.kernels.common.configs import Config, distinct, pieces, power_of_two
 
-Config = dict[str, int]
+__all__ = ["bucket", "candidates", "default_config", "shared_bytes", "shared_limit"]
+
+Capability = tuple[int, int]
 
 HOPPER = (9, 0)
 PROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 170}
@@ -20,24 +23,14 @@ ENOUGH = 0.9
 LOADS = 64
 """What loading a row of operands costs, in outputs computed."""
 MOST_PARTS = 32
-MOST_CANDIDATES = 30
 
 
 def bucket(m: int) -> int:
     """The M for which tiles are chosen: 1, 16, or the next power of two."""
-    return 1 if m <= 1 else max(16, 1 << (m - 1).bit_length())
+    return 1 if m <= 1 else max(16, power_of_two(m))
 
 
-def pieces(config: Mapping[str, int]) -> int:
-    """Parts of a tile that the epilogue takes in turn: 1, 2 or 4.
-
-    A thread then works on about 32 values at a time; with 128 the longer epilogues spill.
-    """
-    values = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
-    return 4 if values >= 128 else 2 if values >= 64 else 1
-
-
-def shared_limit(capability: tuple[int, int]) -> int:
+def shared_limit(capability: Capability) -> int:
     """Bytes of shared memory a block may use; CUDA C++ Programming Guide, technical specifications.
 
     Args:
@@ -59,15 +52,15 @@ def shared_bytes(config: Mapping[str, int]) -> int:
     return (operands + store if config["FLATTEN"] else max(operands, store)) + 1024
 
 
+@functools.lru_cache(maxsize=4096)
 def default_config(
     m: int,
     n: int,
     k: int,
-    *,
     heavy: bool = False,
-    capability: tuple[int, int] | None = None,
+    capability: Capability | None = None,
     processors: int | None = None,
-) -> Config:
+) -> Mapping[str, int]:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     Few tokens: reading the weights is what takes time, so K is split until the loads of enough
@@ -118,14 +111,13 @@ def candidates(
     m: int,
     n: int,
     k: int,
-    *,
     heavy: bool = False,
-    capability: tuple[int, int] | None = None,
+    capability: Capability | None = None,
     processors: int | None = None,
 ) -> Iterator[Config]:
     """Tile sizes worth measuring for a shape, at most 30, all of which the architecture can run.
 
-    Takes the arguments and yields the fields of `config`.
+    Takes the arguments and yields the fields of `default_config`.
     """
     capability = capability or (8, 0)
     processors = processors or PROCESSORS.get(capability, 108)
@@ -134,14 +126,8 @@ def candidates(
         found = _for_few(m, n, k, processors)
     else:
         found = _for_many(m, n, k, heavy, capability, processors)
-    limit, seen = shared_limit(capability), set()
-    for config in found:
-        key = tuple(config.values())
-        if key not in seen and shared_bytes(config) <= limit:
-            seen.add(key)
-            yield config
-        if len(seen) == MOST_CANDIDATES:
-            return
+    limit = shared_limit(capability)
+    return distinct(config for config in found if shared_bytes(config) <= limit)
 
 
 def _for_few(m: int, n: int, k: int, processors: int) -> Iterator[Config]:
@@ -167,7 +153,7 @@ def _for_few(m: int, n: int, k: int, processors: int) -> Iterator[Config]:
 
 
 def _for_many(
-    m: int, n: int, k: int, heavy: bool, capability: tuple[int, int], processors: int
+    m: int, n: int, k: int, heavy: bool, capability: Capability, processors: int
 ) -> Iterator[Config]:
     warps = 8 if heavy else 4
     if m <= 512:
@@ -204,7 +190,7 @@ def _config(block_m: int, block_n: int, block_k: int, *, warps: int = 4, stages:
     }
 
 
-def _deepest(block_m: int, block_n: int, capability: tuple[int, int]) -> int:
+def _deepest(block_m: int, block_n: int, capability: Capability) -> int:
     """Four stages where two programs fit beside each other, else three."""
     fits = 2 * 4 * (block_m + block_n) * 128 <= shared_limit(capability)
     return 4 if fits else 3

@@ -7,9 +7,9 @@ import math
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import MAX_K, MOST_ROWS, Epilogue, check_epilogue
+from octavo.kernels.common.epilogue import MAX_K, Epilogue, check_alike, check_epilogue
 from octavo.kernels.dispatch.operator import Operator, compiled_inline, wants_gradient
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
 from octavo.kernels.int8_gemm import dequantize, int_mm, native, reference
 from octavo.kernels.int8_gemm.configs import bucket
 
@@ -55,9 +55,7 @@ def int8_gemm(
         out_zero_point: code of 0.0 in int8 output.
         backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI), "int_mm"
             (torch._int_mm and the epilogue in torch), "dequantize" (a float matrix product; sums
-            beyond 2**24 are rounded) or "reference"; one that is named runs or is refused. On a
-            GPU "auto" measures those that can run, once for each shape bucket, and keeps the
-            fastest; see `octavo.kernels.explain`.
+            beyond 2**24 are rounded) or "reference"; see `octavo.kernels`.
 
     Returns:
         [..., N] of `out_dtype`.
@@ -86,8 +84,7 @@ def _check(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> None:
         raise InputError(
             f"K is {w.shape[1]}, and sums over more than {MAX_K} can overflow int32; split it"
         )
-    if w.device != x.device:
-        raise InputError(f"w_q is on {w.device} and x_q on {x.device}; move one of them")
+    check_alike("w_q", w, x, "x_q", dtype=False)
     n, batch = w.shape[0], tuple(x.shape[:-1])
     check_epilogue(epilogue, x, scales_x=[(), batch], n=n, result=(*batch, n))
 
@@ -109,19 +106,6 @@ def _fake(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=e.out_dtype)
 
 
-def _triton(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-    from octavo.kernels.int8_gemm import triton
-
-    return triton.int8_gemm(x, w, epilogue)
-
-
-def _triton_reason(x: torch.Tensor, *_: object) -> str:
-    """Why the kernels cannot multiply these, or nothing."""
-    if math.prod(x.shape[:-1]) > MOST_ROWS:
-        return f"it counts up to {MOST_ROWS} rows"
-    return triton_reason(x, (8, 0))
-
-
 def _bucket(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> tuple[object, ...]:
     """What decides which implementation is the fastest."""
     n, k = w.shape
@@ -129,10 +113,7 @@ def _bucket(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> tuple[object, ...]
         bucket(x.numel() // k if k else 0),
         n,
         k,
-        str(e.out_dtype).removeprefix("torch."),
-        e.activation,
-        "bias" if e.bias is not None else "plain",
-        "alone" if e.residual is None else "residual" if e.residual_scale is None else "codes",
+        *e.kind,
         "rows" if x.stride(-1) == w.stride(-1) == 1 else "strided",
     )
 
@@ -141,7 +122,9 @@ OPERATOR = Operator(
     "int8_gemm",
     _check,
     (
-        Implementation("triton", _triton_reason, _triton),
+        triton_implementation(
+            "int8_gemm", lambda x, *_: triton_reason(x, (8, 0), rows=math.prod(x.shape[:-1]))
+        ),
         Implementation("native", native.reason, native.int8_gemm),
         Implementation("int_mm", int_mm.reason, int_mm.int8_gemm),
         Implementation("reference", lambda *_: "", reference.int8_gemm, "last"),

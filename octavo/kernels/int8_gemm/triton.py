@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.kernels.common.configs import pieces
 from octavo.kernels.common.epilogue import Epilogue
 from octavo.kernels.common.triton_launch import device_facts, end_arguments, end_constants
 from octavo.kernels.dispatch.autotune import best_config
-from octavo.kernels.int8_gemm.configs import bucket, candidates, default_config, pieces
+from octavo.kernels.int8_gemm.configs import bucket, candidates, default_config
 from octavo.kernels.int8_gemm.triton_persistent import persistent_kernel
 from octavo.kernels.int8_gemm.triton_tiles import tiles_kernel
 
@@ -50,41 +51,27 @@ def int8_gemm(
         return epilogue(torch.zeros(out.shape, dtype=torch.int32, device=x.device))
     with torch.cuda.device_of(x):
         rows, w = _aligned(x.reshape(m, k)), _aligned(w)
-        chosen = _choose(rows, w, out, epilogue) if config is None else config
-        _launch(rows, w, out, epilogue, chosen)
+        _launch(rows, w, out, epilogue, config or _choose(rows, w, epilogue))
     return out
 
 
-def _choose(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, e: Epilogue) -> Mapping[str, int]:
-    """The tuned configuration, or that of the rule."""
-    (m, k), n = x.shape, w.shape[0]
-    heavy = is_heavy(e)
-    capability, processors = device_facts(x.device)
-    m = bucket(m)
-    rule = _rule(m, n, k, heavy, capability, processors)
-    key = f"{m}x{n}x{k} {out.element_size()} {'heavy' if heavy else 'light'}"
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(m, n, k, heavy=heavy, capability=capability, processors=processors)
-
-    def run(config: Mapping[str, int]) -> torch.Tensor:
-        result = torch.empty_like(out)
-        _launch(x, w, result, e, config)
-        return result
-
-    return best_config("int8_gemm", key, x.device, rule, others, run)
+def _choose(x: torch.Tensor, w: torch.Tensor, e: Epilogue) -> Mapping[str, int]:
+    """The tuned configuration, or that of the rule, for `_aligned` x [M, K] and w [N, K]."""
+    m, (n, k), heavy = bucket(len(x)), w.shape, is_heavy(e)
+    facts = (m, n, k, heavy, *device_facts(x.device))
+    return best_config(
+        "int8_gemm",
+        f"{m}x{n}x{k} {e.out_dtype.itemsize} {'heavy' if heavy else 'light'}",
+        x.device,
+        default_config(*facts),
+        functools.partial(candidates, *facts),
+        functools.partial(int8_gemm, x, w, e),
+    )
 
 
 def is_heavy(e: Epilogue) -> bool:
     """Whether an epilogue needs many registers."""
     return e.residual is not None or e.activation not in LIGHT
-
-
-@functools.lru_cache(maxsize=4096)
-def _rule(
-    m: int, n: int, k: int, heavy: bool, capability: tuple[int, int] | None, processors: int
-) -> Mapping[str, int]:
-    return default_config(m, n, k, heavy=heavy, capability=capability, processors=processors)
 
 
 def _has_tma(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import ACTIVATIONS, FLOATS, check_tensor
+from octavo.kernels.common.epilogue import FLOATS, Epilogue, check_epilogue, check_tensor
 from octavo.kernels.dispatch.operator import Operator
 from octavo.kernels.dispatch.select import Implementation
 from octavo.kernels.int8_linear import native, reference
@@ -28,8 +28,7 @@ def int8_linear(
         weight: symmetric int8 [N, K], with scales [N] and a floating bias or none.
         activation: as in `octavo.kernels.int8_gemm`.
         backend: "auto", "native" (one call of C, for CPUs with AVX-512 VNNI and inputs of few
-            values) or "two-kernel" (`dynamic_quantize`, then `int8_gemm`); one that is named runs
-            or is refused.
+            values) or "two-kernel" (`dynamic_quantize`, then `int8_gemm`); see `octavo.kernels`.
 
     Returns:
         [..., N] of the dtype of x.
@@ -43,10 +42,6 @@ def int8_linear(
 
 
 def _check(x: torch.Tensor, weight: QuantizedWeight, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise InputError(
-            f"activation {activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
-        )
     if x.dtype not in FLOATS:
         raise InputError(f"x is {x.dtype}; int8_linear takes float16, bfloat16 or float32")
     n, k = weight.values.shape
@@ -56,7 +51,8 @@ def _check(x: torch.Tensor, weight: QuantizedWeight, activation: str) -> None:
         )
     check_tensor("weight", weight.values, [(n, k)], x, (torch.int8,))
     check_tensor("scale", weight.scale, [(n,)], x, (torch.float32,))
-    check_tensor("bias", weight.bias, [(n,)], x)
+    epilogue = Epilogue(None, None, weight.bias, None, None, activation, x.dtype)
+    check_epilogue(epilogue, x, scales_x=[], n=n, result=())
 
 
 def _inline(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import SHORT, Call, Case, inductor
+from octavo.kernels.cases import SHORT, Call, Case, Shapes, dtype_name, seeded
 from octavo.kernels.linear_attention.schema import linear_attention
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
@@ -36,12 +36,10 @@ OTHER = float("inf")
 """Error of attention with softmax: it is another function, whose time alone is of interest."""
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """Over all keys, causal, and with a padding mask; B x T x H x D."""
     return [
-        _case(shape, dtype or torch.bfloat16, causal, masked)
+        _case(tuple(shape), dtype, causal, masked)
         for shape in shapes or dict.fromkeys(SHAPES)
         for causal, masked in ((False, False), (True, False), (False, True))
     ]
@@ -56,13 +54,12 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, masked: bool
     b, t, h, d = shape
 
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(b + t + h + d)
+        options = seeded(device, b + t + h + d)
         arguments: dict[str, Any] = {
-            name: torch.randn(b, t, h, d, generator=random, device=device).to(dtype)
-            for name in ("q", "k", "v")
+            name: torch.randn(b, t, h, d, **options).to(dtype) for name in ("q", "k", "v")
         }
         if masked:
-            arguments["key_padding_mask"] = torch.rand(b, t, generator=random, device=device) < 0.75
+            arguments["key_padding_mask"] = torch.rand(b, t, **options) < 0.75
         return arguments | {"causal": causal}
 
     return Case(
@@ -73,7 +70,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, masked: bool
         bytes=4 * b * t * h * d * dtype.itemsize + b * t * masked,
         # both products with the state
         operations=4 * b * t * h * d * d,
-        rate=str(dtype).removeprefix("torch."),
+        rate=dtype_name(dtype),
         tolerance=TOLERANCES[dtype],
         make=make,
         run=linear_attention,
@@ -81,37 +78,19 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, masked: bool
     )
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
+def baselines(case: Case, arguments: Mapping[str, Any]) -> list[Call]:
     """Softmax attention of torch, which is another function, and this one by einsum."""
-    tolerance = max(case.tolerance, 2e-2)
-    steps = _steps(arguments)
-    found = [Call("SDPA (softmax)", _softmax(arguments), OTHER)]
-    if not arguments["causal"]:
-        found.append(Call("torch einsum", steps, tolerance))
-        if compiled:
-            device = arguments["q"].device
-            found.append(Call("torch einsum Inductor", inductor(steps, device), tolerance))
-    return found
-
-
-def _softmax(arguments: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
-    q, k, v = (arguments[name].transpose(1, 2) for name in ("q", "k", "v"))
-    mask = arguments.get("key_padding_mask")
-    mask = None if mask is None else mask[:, None, None, :]
-    causal = arguments["causal"]
-
-    def call() -> torch.Tensor:
-        found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return found.transpose(1, 2)
-
-    return call
-
-
-def _steps(arguments: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
-    mask = arguments.get("key_padding_mask")
+    causal, mask = arguments["causal"], arguments.get("key_padding_mask")
 
-    def call() -> torch.Tensor:
+    def softmax() -> torch.Tensor:
+        kept = None if mask is None else mask[:, None, None, :]
+        queries, keys, values = (one.transpose(1, 2) for one in (q, k, v))
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, kept, is_causal=causal
+        ).transpose(1, 2)
+
+    def steps() -> torch.Tensor:
         queries, keys = functional.elu(q.float()) + 1, functional.elu(k.float()) + 1
         if mask is not None:
             keys = keys * mask[:, :, None, None]
@@ -120,4 +99,5 @@ def _steps(arguments: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
         normalizer = torch.einsum("bthd,bhd->bth", queries, keys.sum(1))
         return torch.einsum("bthd,bhde->bthe", queries, state) / normalizer[..., None]
 
-    return call
+    einsum = [] if causal else [Call("torch einsum", steps, max(case.tolerance, 2e-2))]
+    return [Call("SDPA (softmax)", softmax, OTHER), *einsum]

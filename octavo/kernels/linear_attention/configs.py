@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterator, Mapping
+
+from octavo.kernels.common.configs import Config, distinct, power_of_two
 
 __all__ = ["candidates", "default_config", "for_states", "of_step", "padded"]
 
-Config = dict[str, int]
 Blocks = tuple[int, int, int, int, int]
 
 WAVES = 2
@@ -53,12 +54,13 @@ ALL_KEYS = {
 
 def padded(size: int) -> int:
     """The block that holds a head: a power of two that tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
+@functools.lru_cache(maxsize=4096)
 def default_config(
-    rows: int, heads: int, d: int, e: int, *, kind: str, causal: bool, processors: int = 132
-) -> Config:
+    rows: int, heads: int, d: int, e: int, kind: str, causal: bool, processors: int = 132
+) -> Mapping[str, int]:
     """The cut of a call, by rule: nothing has been tuned on a GPU yet.
 
     Args:
@@ -103,24 +105,20 @@ def of_step(places: int, d: int, e: int, processors: int = 132) -> tuple[int, bo
 
 
 def candidates(
-    rows: int, heads: int, d: int, e: int, *, kind: str, causal: bool, processors: int = 132
+    rows: int, heads: int, d: int, e: int, kind: str, causal: bool, processors: int = 132
 ) -> Iterator[Config]:
-    """Cuts worth measuring; takes the arguments and yields the fields of `config`."""
-    rule = default_config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
-    seen = [rule]
+    """Cuts worth measuring; takes the arguments and yields the fields of `default_config`."""
     several = [_blocks(CAUSAL if causal else ALL_KEYS, d, e, kind)]
     if causal:  # any head may be taken by pairs
         several.append(_blocks(CAUSAL, 256, e, kind))
-    for block_t, block_k, block_e, _, stages in several:
-        wider = (block_e, max(block_e, min(2 * block_e, padded(e))))
-        for blocks in itertools.product(
-            (block_t, 2 * block_t), (block_k,), wider, (4, 8), (stages,)
-        ):
-            for share in (1, 4):
-                config = _cut(rows, heads, e, share * processors, blocks)
-                if config not in seen:
-                    seen.append(config)
-                    yield config
+    return distinct(
+        _cut(rows, heads, e, share * processors, (tokens, block_k, values, warps, stages))
+        for block_t, block_k, block_e, _, stages in several
+        for tokens in (block_t, 2 * block_t)
+        for values in (block_e, max(block_e, min(2 * block_e, padded(e))))
+        for warps in (4, 8)
+        for share in (1, 4)
+    )
 
 
 def _blocks(table: Mapping[tuple[str, int], Blocks], d: int, e: int, kind: str) -> Blocks:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import FLOATS
+from octavo.kernels.common.epilogue import FLOATS, check_alike, check_tensor
 from octavo.kernels.dispatch.operator import Operator
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
 from octavo.kernels.linear_attention import gradient, reference
 from octavo.kernels.linear_attention.reference import (
     EPS,
@@ -28,6 +29,7 @@ MAX_HEAD = 256
 """The longest keys and values of a head that the Triton kernels take."""
 MAX_TOKEN = 1 << 23
 """Values of all heads of a token below which their kernels' offsets in a block have 32 bits."""
+_check = functools.partial(check_tensor, x_name="q")
 
 
 def linear_attention(
@@ -69,8 +71,7 @@ def linear_attention(
         initial_state: what came before; float32 (float64 for float64), of B or N sequences.
         return_state: also give the state after the last key.
         eps: see above; 0 or more.
-        backend: "auto", "triton" (D and E up to 256) or "reference"; one that is named runs or is
-            refused.
+        backend: "auto", "triton" (D and E up to 256) or "reference"; see `octavo.kernels`.
 
     Returns:
         [B, Tq, H, E] in the dtype of q; with `return_state` that and the `State`, in new memory.
@@ -135,11 +136,11 @@ def _check_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Opti
         )
     if not (options.eps >= 0 and math.isfinite(options.eps)):
         raise InputError(f"eps is {options.eps}; it must be 0 or more, and finite")
-    if options.key_padding_mask is not None:
-        _check("key_padding_mask", options.key_padding_mask, torch.bool, (batch, k.shape[1]), q)
+    mask = options.key_padding_mask
+    _check("key_padding_mask", mask, [(batch, k.shape[1])], q, (torch.bool,))
     if options.cu_seqlens is not None:
         sequences = max(options.sequences(q), 0)
-        _check("cu_seqlens", options.cu_seqlens, torch.int32, (sequences + 1,), q)
+        _check("cu_seqlens", options.cu_seqlens, [(sequences + 1,)], q, (torch.int32,))
         if batch != 1:
             raise InputError(f"B is {batch}; packed sequences are rows of one batch: reshape them")
     if (options.kv is None) != (options.normalizer is None):
@@ -176,12 +177,9 @@ def _check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, step: bo
             raise InputError(
                 f"{name} is {value.dtype} on {value.device}; use float16, bfloat16 or float32"
             )
-        if value.dtype != q.dtype:
-            raise InputError(f"{name} is {value.dtype} and q {q.dtype}; convert one of them")
+        check_alike(name, value, q, "q")
         if value.ndim != axes.count(",") + 1 or 0 in value.shape[-1:]:
             raise InputError(f"{name} is {list(value.shape)}; it must be {axes}, its last not 0")
-        if value.device != q.device:
-            raise InputError(f"{name} is on {value.device} and q on {q.device}; move one of them")
 
 
 def _check_feature_map(feature_map: str) -> None:
@@ -192,22 +190,9 @@ def _check_feature_map(feature_map: str) -> None:
 
 
 def _check_state(state: State, sequences: int, q: torch.Tensor, v: torch.Tensor) -> None:
-    dtype = working_dtype(q)
-    kv, normalizer = state
-    shape = (sequences, *q.shape[-2:])
-    _check("state.kv", kv, dtype, (*shape, v.shape[-1]), q)
-    _check("state.normalizer", normalizer, dtype, shape, q)
-
-
-def _check(
-    name: str, value: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], q: torch.Tensor
-) -> None:
-    if value.dtype != dtype or tuple(value.shape) != shape:
-        raise InputError(
-            f"{name} is {value.dtype} {list(value.shape)}; it must be {dtype} {list(shape)}"
-        )
-    if value.device != q.device:
-        raise InputError(f"{name} is on {value.device} and q on {q.device}; move one of them")
+    dtypes, shape = (working_dtype(q),), (sequences, *q.shape[-2:])
+    _check("state.kv", state.kv, [(*shape, v.shape[-1])], q, dtypes)
+    _check("state.normalizer", state.normalizer, [shape], q, dtypes)
 
 
 def _check_lengths(cu_seqlens: torch.Tensor, tokens: int) -> None:
@@ -247,34 +232,23 @@ def _reason(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> s
     return triton_reason(q, (8, 0))
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """A launcher by its name; Triton is imported with the first call."""
-
-    def run(*arguments: Any) -> Any:
-        from octavo.kernels.linear_attention import triton
-
-        return getattr(triton, name)(*arguments)
-
-    return run
-
-
-def _of_lengths(run: Callable[..., Any]) -> Callable[..., Any]:
+def _of_lengths(one: Implementation) -> Implementation:
     """Looks at the lengths first, which are values and so belong to each call."""
 
-    def checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Any:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Any:
         if options.cu_seqlens is not None:
             _check_lengths(options.cu_seqlens, q.shape[1])
-        return run(q, k, v, options)
+        return one.run(q, k, v, options)
 
-    return checked
+    return replace(one, run=run)
 
 
 OPERATOR = Operator(
     "linear_attention",
     _check_call,
     (
-        Implementation("triton", _reason, _of_lengths(_triton("linear_attention"))),
-        Implementation("reference", lambda *_: "", _of_lengths(reference.linear_attention), "last"),
+        _of_lengths(triton_implementation("linear_attention", _reason)),
+        _of_lengths(Implementation("reference", lambda *_: "", reference.linear_attention, "last")),
     ),
     _fake,
     returns="(Tensor, Tensor, Tensor)",
@@ -284,7 +258,7 @@ STEP_OPERATOR = Operator(
     "linear_attention_step",
     _check_step,
     (
-        Implementation("triton", _reason, _triton("linear_attention_step")),
+        triton_implementation("linear_attention_step", _reason, "linear_attention"),
         Implementation("reference", lambda *_: "", reference.linear_attention_step, "last"),
     ),
     _fake_step,

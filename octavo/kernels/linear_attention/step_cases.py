@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.cases import SHORT, Call, Case, Shapes, by_importance, seeded
 from octavo.kernels.linear_attention.cases import TOLERANCES
 from octavo.kernels.linear_attention.schema import State, linear_attention_step
-from octavo.kernels.linear_attention.traffic import least_bytes_of_step
 
 __all__ = ["AXES", "BACKENDS", "baselines", "cases", "small_shapes"]
 
@@ -23,12 +22,9 @@ BETWEEN = 0.02
 """Error of steps whose features are rounded to the type of the inputs."""
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """B x H x D."""
-    known = [(batch, *heads) for batch, heads in by_importance(BATCHES, HEADS)]
-    return [_case(shape, dtype or torch.bfloat16) for shape in shapes or known]
+    return [_case(tuple(shape), dtype) for shape in shapes or by_importance(BATCHES, HEADS)]
 
 
 def small_shapes() -> list[tuple[int, ...]]:
@@ -40,20 +36,18 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     b, h, d = shape
 
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(b + h + d)
-
-        def normal(*sizes: int) -> torch.Tensor:
-            return torch.randn(*sizes, generator=random, device=device)
-
-        tokens = {name: normal(b, h, d).to(dtype) for name in ("q", "k", "v")}
-        return {**tokens, "kv": normal(b, h, d, d), "normalizer": normal(b, h, d).abs() + 1}
+        options = seeded(device, b + h + d)
+        tokens = {name: torch.randn(b, h, d, **options).to(dtype) for name in ("q", "k", "v")}
+        kv = torch.randn(b, h, d, d, **options)
+        return {**tokens, "kv": kv, "normalizer": torch.randn(b, h, d, **options).abs() + 1}
 
     return Case(
         operator="linear_attention_step",
         name=f"{b}x{h}x{d} {SHORT[dtype]}",
         shape=shape,
         dtype=dtype,
-        bytes=least_bytes_of_step(b, h, (d, d), SHORT[dtype]),
+        # the state in and out, a token in and a result out
+        bytes=b * h * (2 * 4 * (d * d + d) + 4 * dtype.itemsize * d),
         # the state's update, and its product with the query
         operations=4 * b * h * d * d,
         rate="float32",
@@ -78,20 +72,11 @@ def _run(
     return out, kv, normalizer
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
+def baselines(case: Case, arguments: Mapping[str, Any]) -> list[Call]:
     """The same by einsum, in place too."""
-    steps, tolerance = _steps(arguments), max(case.tolerance, BETWEEN)
-    found = [Call("torch einsum", steps, tolerance)]
-    if compiled:
-        device = arguments["q"].device
-        found.append(Call("torch einsum Inductor", inductor(steps, device), tolerance))
-    return found
-
-
-def _steps(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     q, k, v, kv, normalizer = (arguments[name] for name in ("q", "k", "v", "kv", "normalizer"))
 
-    def call() -> tuple[torch.Tensor, ...]:
+    def steps() -> tuple[torch.Tensor, ...]:
         queries, keys = functional.elu(q.float()) + 1, functional.elu(k.float()) + 1
         kv.add_(torch.einsum("bhd,bhe->bhde", keys, v.float()))
         normalizer.add_(keys)
@@ -99,4 +84,4 @@ def _steps(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         below = torch.einsum("bhd,bhd->bh", queries, normalizer)
         return (sums / below[..., None]).to(v.dtype), kv, normalizer
 
-    return call
+    return [Call("torch einsum", steps, max(case.tolerance, BETWEEN))]

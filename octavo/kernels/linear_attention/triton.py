@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 
-from octavo.kernels.dispatch.autotune import best_config, size_bucket
+from octavo.kernels.common.configs import power_of_two
+from octavo.kernels.common.triton_launch import device_facts
+from octavo.kernels.dispatch.autotune import best_config
 from octavo.kernels.linear_attention.configs import (
     candidates,
     default_config,
@@ -57,8 +59,7 @@ def linear_attention(
     )
     if sequences * heads:
         with torch.cuda.device_of(q):
-            if config is None:
-                config = _choose(q, k, v, options)
+            config = config or _choose(q, k, v, options)
             _Launches(q, k, v, options, config, sequences, out, total).run()
     if not options.return_state:
         return out, out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
@@ -69,38 +70,19 @@ def _choose(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> Mapping[str, int]:
     """The tuned cut, or that of the rule."""
-    rows = size_bucket(max(q.shape[1], k.shape[1])) * q.shape[0]
-    heads, d, e = q.shape[2], q.shape[3], v.shape[3]
-    sizes = (rows, heads, d, e)
-    kind, processors = KINDS[q.dtype], _processors(q.device)
-    rule = _rule(*sizes, kind, options.causal, processors)
+    rows = power_of_two(max(q.shape[1], k.shape[1])) * q.shape[0]
+    sizes, kind = (rows, *q.shape[2:], v.shape[3]), KINDS[q.dtype]
+    facts = (*sizes, kind, options.causal, device_facts(q.device)[1])
     words = [kind, "causal" if options.causal else "all keys"]
     words += ["packed"] * (options.cu_seqlens is not None)
-    key = f"{'x'.join(map(str, (*q.shape[:1], *sizes)))} {' '.join(words)}"
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(*sizes, kind=kind, causal=options.causal, processors=processors)
-
-    def run(config: Mapping[str, int]) -> torch.Tensor:
-        return linear_attention(q, k, v, options, config)[0]
-
-    return best_config("linear_attention", key, q.device, rule, others, run)
-
-
-@functools.lru_cache(maxsize=4096)
-def _rule(
-    rows: int, heads: int, d: int, e: int, kind: str, causal: bool, processors: int
-) -> Mapping[str, int]:
-    return default_config(rows, heads, d, e, kind=kind, causal=causal, processors=processors)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors; under the interpreter as few as a test needs."""
-    if device.type != "cuda":
-        return 1
-    found: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return found
+    return best_config(
+        "linear_attention",
+        f"{'x'.join(map(str, (*q.shape[:1], *sizes)))} {' '.join(words)}",
+        q.device,
+        default_config(*facts),
+        functools.partial(candidates, *facts),
+        functools.partial(linear_attention, q, k, v, options),
+    )
 
 
 class _Launches:
@@ -226,7 +208,7 @@ def linear_attention_step(
     out = torch.empty((batch, heads, e), dtype=q.dtype, device=q.device)
     if out.numel():
         q, k, v = (_addressable(one) for one in (q, k, v))
-        block_e, split = of_step(batch * heads, d, e, _processors(q.device))
+        block_e, split = of_step(batch * heads, d, e, device_facts(q.device)[1])
         sizes: dict[str, Any] = {"FEATURE_MAP": feature_map, "D": d, "BLOCK_D": padded(d)}
         programs = batch * heads * (triton.cdiv(e, block_e) if split else 1)
         with torch.cuda.device_of(q):

@@ -1,6 +1,6 @@
 """Steps of INT8 LSTM and GRU layers in C, for CPUs with AVX-512 VNNI.
 
-Integers are exact. Floats differ from those of the other way in their last bits, so that the code
+Integers are exact. Floats differ from those of the reference in their last bits, so that the code
 of a hidden state on the edge between two may come out as the other one.
 """
 
@@ -15,7 +15,7 @@ import torch
 from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.native.library import INT, POINTER, SIZE, Library, pointer, threads_for
-from octavo.kernels.recurrent.weights import QMAX, Derived, Inputs
+from octavo.kernels.recurrent.weights import QMAX, Derived, Inputs, gate_panels
 
 __all__ = ["gru_steps", "lstm_steps", "reason"]
 
@@ -50,8 +50,9 @@ def reason(codes: torch.Tensor, *rest: Any) -> str:
 def lstm_steps(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `schema.lstm_steps`; takes the fields of `Inputs` and the first states."""
     inputs, (first, cell) = Inputs(*arguments[:5]), arguments[5:]
-    shape = (*inputs.codes.shape[1:3], inputs.recurrent[0].values.shape[1])
-    last_cell = inputs.scale.new_zeros(shape) if cell is None else cell.contiguous().clone()
+    last_cell = (
+        inputs.scale.new_zeros(inputs.state_shape) if cell is None else cell.contiguous().clone()
+    )
     return *_run(inputs, first, last_cell), last_cell
 
 
@@ -64,14 +65,14 @@ def _run(
     inputs: Inputs, first: torch.Tensor | None, cell: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states, and each row's last one; the cell state is updated, and None of a GRU."""
-    count, directions, batch, _ = inputs.codes.shape
-    size = inputs.recurrent[0].values.shape[1]
+    count, (directions, batch, size) = len(inputs.codes), inputs.state_shape
     sizes = None if inputs.sizes is None else inputs.sizes.contiguous()
     new, zeros = inputs.scale.new_empty, inputs.scale.new_zeros
     states = (new if sizes is None else zeros)(count, directions, batch, size)
     hidden = zeros(directions, batch, size) if first is None else first.contiguous().clone()
     own = inputs.derived
-    for direction, panels in enumerate(own.panels(inputs.recurrent)):
+    for direction, weight in enumerate(inputs.recurrent):
+        panels = gate_panels(weight.values)
         codes, limits = inputs.codes.new_zeros(2, batch, size), None
         if first is not None:
             limits = _first_codes(first[direction], codes[0], cell is None)
@@ -110,10 +111,7 @@ def _chunks(
     width = len(weight)
     most = min(count, -(-CACHED // (width * batch)))
     gates = scale.new_empty(most * batch, width)
-    for start in range(0, count, most):
-        end, rows = min(start + most, count), batch
-        if inputs.sizes is not None:
-            rows = int(inputs.sizes[start])
+    for start, end, rows in inputs.spans(most):
         some, scales = codes, scale
         if end - start < count or rows < batch:
             some, scales = codes[start:end, :rows], scale[start:end, :rows]

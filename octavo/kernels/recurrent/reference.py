@@ -1,143 +1,118 @@
-"""Layers of INT8 LSTM and GRU in torch, where no C can run.
+"""The oracle: INT8 LSTM and GRU layers in torch, one time step after the other.
 
-The input's product is made for many time steps at once, on a CPU for as many as its cache holds:
-memory that is used again costs far less there than memory that is new.
+It is also what runs where no C can; the input's product is made for many time steps at once.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from octavo.kernels.common.codes import to_int8
 from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
-from octavo.kernels.int8_gemm import int_mm
 from octavo.kernels.int8_gemm.schema import int8_gemm
-from octavo.kernels.recurrent.cells import Product, gru_span, loop, lstm_span
-from octavo.kernels.recurrent.weights import QMAX, Derived, Inputs, Weights
+from octavo.kernels.recurrent.weights import QMAX, Inputs
 
 __all__ = ["gru_steps", "lstm_steps"]
 
-CACHED, ROWS = 1 << 17, 256
-"""Sums that a CPU works on at a time, but for no fewer rows: a product reorders its weights, so
-the more of them, the more rows; up to four times as many, measured from 2**18 to 2**22 weights."""
+CACHED = 1 << 18
+"""Sums of an input's product that are made at a time."""
+
+Cell = Callable[[int, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(direction, gates [rows, N] without the recurrent product, that product [rows, N], rows) -> the
+new hidden state [rows, H]."""
 
 
 def lstm_steps(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `schema.lstm_steps`; takes the fields of `Inputs` and the first states."""
     inputs, (first, cell) = Inputs(*arguments[:5]), arguments[5:]
-    shape = _state_shape(inputs)
-    states = _states(inputs, 0.0)
-    hidden = inputs.scale.new_zeros(shape)
-    double = inputs.scale.new_zeros(shape) if cell is None else cell * 2
-    with torch.inference_mode():  # spares each call the bookkeeping of autograd
-        own = inputs.derived
-        product = Product.buffers(hidden, inputs, own)
-        run = loop(lstm_span, product)
-        for start, end, rows, gates in _chunks(inputs, own):
-            if start == 0 and first is not None:
-                gates[0] += _first_product(first, inputs.recurrent, own)
-            slots = states[start:end, :, :rows]
-            run(gates, slots, product.narrow(rows), hidden[:, :rows], double[:, :rows])
-            hidden[:, :rows] = slots[-1]
-        double.div_(2)
-    return states, hidden, double
+    last_cell = inputs.scale.new_zeros(inputs.state_shape) if cell is None else cell.clone()
+
+    def update(
+        direction: int, gates: torch.Tensor, product: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        i, f, g, o = (gates + product).sigmoid_().chunk(4, -1)
+        c = last_cell[direction, :rows]
+        c.mul_(f).addcmul_(i, g, value=2.0).sub_(i)  # f c + i (2 g - 1)
+        return o * c.tanh()
+
+    states, last = _run(inputs, first, update)
+    return states, last, last_cell
 
 
 def gru_steps(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """See `schema.gru_steps`; takes the fields of `Inputs` and the first state."""
     inputs, first = Inputs(*arguments[:5]), arguments[5]
-    states = _states(inputs, 0.5)
-    last = inputs.scale.new_full(_state_shape(inputs), 0.5) if first is None else (first + 1) / 2
-    with torch.inference_mode():
-        own = inputs.derived
-        bias = own.recurrent_bias
-        product = Product.buffers(last, inputs, own, _limit(first))
-        run = loop(gru_span, product)
-        for start, end, rows, gates in _chunks(inputs, own):
-            slots = states[start:end, :, :rows]
-            run(gates, slots, product.narrow(rows), bias, last[:, :rows])
-            last[:, :rows] = slots[-1]
-        for halves in (states, last):
-            halves.mul_(2).sub_(1)
+    last = inputs.scale.new_zeros(inputs.state_shape) if first is None else first.clone()
+    bias = inputs.derived.recurrent_bias
+    size = last.shape[-1]
+
+    def update(
+        direction: int, gates: torch.Tensor, product: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        product = product if bias is None else product + bias[direction]
+        r, z = (gates[:, : 2 * size] + product[:, : 2 * size]).sigmoid_().chunk(2, -1)
+        n = torch.addcmul(gates[:, 2 * size :], r, product[:, 2 * size :]).sigmoid_()
+        n = n.mul_(2).sub_(1)
+        h = last[direction, :rows]
+        return h.copy_(torch.addcmul(n, z, h - n))
+
+    states, _ = _run(inputs, first, update)
     return states, last
 
 
-def _state_shape(inputs: Inputs) -> tuple[int, int, int]:
-    """[D, B, H]."""
-    _, directions, batch, _ = inputs.codes.shape
-    return directions, batch, inputs.recurrent[0].values.shape[1]
+def _run(
+    inputs: Inputs, first: torch.Tensor | None, update: Cell
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All hidden states, and each row's last one."""
+    own, shape = inputs.derived, inputs.state_shape
+    count, new = len(inputs.codes), inputs.scale.new_zeros
+    states = new(count, *shape)
+    last = new(shape) if first is None else first.clone()
+    most = max(1, CACHED // max(1, shape[1] * own.input_bias.shape[-1]))
+    for direction in range(shape[0]):
+        weight, scale = inputs.recurrent[direction].values, own.recurrent_scale[direction]
+        codes, limit = _first_codes(inputs, first, direction)
+        for start, end, rows in inputs.spans(most):
+            gates = _input_product(inputs, direction, slice(start, end), rows)
+            for step in range(start, end):
+                if inputs.sizes is not None:
+                    rows = int(inputs.sizes[step])
+                sums = int8_gemm(codes[:rows], weight, out_dtype=torch.int32)
+                by = scale if limit is None else scale * limit[:rows]
+                h = update(direction, gates[step - start, :rows], sums * by, rows)
+                if not inputs.is_gru:
+                    limit = None  # what a cell gives is below 1
+                reach = h.new_ones(()) if limit is None else limit[:rows]
+                codes = to_int8(h, reach / QMAX)
+                states[step, direction, :rows] = last[direction, :rows] = h
+    return states, last
 
 
-def _first_product(hidden: torch.Tensor, weights: Weights, own: Derived) -> torch.Tensor:
-    """Recurrent product [D, B, 4H] of a hidden state [D, B, H] with one scale per row."""
-    products = []
-    for direction, weight in enumerate(weights):
-        codes, scale = dynamic_quantize(hidden[direction])
-        by = own.recurrent_scale[direction, 0] * QMAX
-        products.append(int8_gemm(codes, weight.values, scale, by, out_dtype=torch.float32))
-    return torch.stack(products)
+def _first_codes(
+    inputs: Inputs, first: torch.Tensor | None, direction: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The first hidden state in int8 [B, H], and what no |h| of a row exceeds [B, 1]; None: 1."""
+    if first is None:
+        return inputs.codes.new_zeros(inputs.state_shape[1:]), None
+    h = first[direction]
+    if not inputs.is_gru:
+        codes, scale = dynamic_quantize(h)
+        return codes, (scale * QMAX).unsqueeze(-1)
+    limit = h.abs().amax(-1, keepdim=True).clamp(min=1)
+    return to_int8(h, limit / QMAX), limit
 
 
-def _limit(hidden: torch.Tensor | None) -> torch.Tensor | None:
-    """What no |h| of a row will exceed, [D, B, 1]; None for 1, as far as a CPU can see."""
-    if hidden is None:
-        return None
-    limit = hidden.abs().amax(-1, keepdim=True).clamp(min=1)
-    one = hidden.device.type == "cpu" and bool((limit == 1).all())
-    return None if one else limit
-
-
-def _states(inputs: Inputs, zero: float) -> torch.Tensor:
-    """Room for hidden states [T, D, B, H], `zero` where rows may end before the last step."""
-    shape = (inputs.codes.shape[0], *_state_shape(inputs))
-    if inputs.sizes is None:
-        return inputs.scale.new_empty(shape)
-    return inputs.scale.new_full(shape, zero)
-
-
-def _chunks(inputs: Inputs, own: Derived) -> Iterator[tuple[int, int, int, torch.Tensor]]:
-    """First step, step after the last, rows, and gates [steps, D, rows, N], overwritten later."""
-    steps, directions, batch, _ = inputs.codes.shape
-    width = own.input_bias.shape[-1]
-    most = steps
-    if inputs.codes.device.type == "cpu":
-        fits = CACHED // max(1, directions * batch * width)
-        rows = ROWS * min(4, max(1, inputs.input[0].values.numel() >> 19))
-        most = max(1, min(steps, max(fits, rows // max(1, batch))))
-    buffer = inputs.scale.new_empty(most, directions, batch, width)
-    sums = torch.empty(most * batch, width, dtype=torch.int32, device=buffer.device)
-    start = 0
-    counts = [batch] * steps if inputs.sizes is None else inputs.sizes.tolist()
-    for rows, run in itertools.groupby(counts):
-        stop = start + len(list(run))
-        while start < stop:
-            end = min(start + most, stop)
-            gates = buffer[: end - start, :, :rows]
-            _input_product(inputs, own, slice(start, end), gates, sums)
-            yield start, end, rows, gates
-            start = end
-
-
-def _input_product(
-    inputs: Inputs, own: Derived, span: slice, gates: torch.Tensor, sums: torch.Tensor
-) -> None:
-    """Fills gates [steps, D, rows, N]; `sums` is a buffer."""
-    steps, _, rows, width = gates.shape
-    for direction, weight in enumerate(inputs.input):
-        codes, scale = inputs.codes[span, direction, :rows], inputs.scale[span, direction, :rows]
-        bias, by, out = own.input_bias[direction], own.input_scale[direction], gates[:, direction]
-        if gates.device.type != "cpu" or int_mm.reason(codes, weight.values):
-            out.copy_(
-                int8_gemm(
-                    codes, weight.values, scale.contiguous(), by, bias=bias, out_dtype=torch.float32
-                )
-            )
-            continue
-        part = torch._int_mm(
-            codes.reshape(steps * rows, -1), weight.values.T, out=sums[: steps * rows]
-        ).view(steps, rows, width)
-        scaled = part.view(torch.float32).copy_(part).mul_(scale.unsqueeze(-1))
-        torch.addcmul(bias, scaled, by, out=out)
+def _input_product(inputs: Inputs, direction: int, span: slice, rows: int) -> torch.Tensor:
+    """The input's part of some gates, float32 [steps, rows, N]."""
+    own = inputs.derived
+    return int8_gemm(
+        inputs.codes[span, direction, :rows],
+        inputs.input[direction].values,
+        inputs.scale[span, direction, :rows].contiguous(),
+        own.input_scale[direction],
+        bias=own.input_bias[direction],
+        out_dtype=torch.float32,
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from octavo.kernels.cases import SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.cases import SHORT, Call, Case, Shapes, by_importance, seeded
 from octavo.kernels.dynamic_quantize.cases import COLUMNS, OFF_BY_ONE, ROWS, small_shapes
 from octavo.kernels.static_quantize.schema import static_quantize
 
@@ -17,22 +17,17 @@ AXES = "MxK"
 BACKENDS = ("triton", "reference")
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """One scale, and a scale for each channel; M x K."""
-    chosen = shapes or [(m, k) for m, (k,) in by_importance(ROWS, COLUMNS)]
-    return [
-        _case(m, k, dtype or torch.bfloat16, channels) for m, k in chosen for channels in (0, k)
-    ]
+    chosen = shapes or by_importance(ROWS, COLUMNS)
+    return [_case(m, k, dtype, channels) for m, k in chosen for channels in (0, k)]
 
 
 def _case(m: int, k: int, dtype: torch.dtype, channels: int) -> Case:
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(m + k)
-        x = torch.randn(m, k, generator=random, device=device).to(dtype)
-        shape = (channels,) if channels else ()
-        scale = torch.rand(shape, generator=random, device=device) * 0.01 + 0.02
+        options = seeded(device, m + k)
+        x = torch.randn(m, k, **options).to(dtype)
+        scale = torch.rand((channels,) if channels else (), **options) * 0.01 + 0.02
         return {"x": x, "scale": scale}
 
     return Case(
@@ -50,15 +45,11 @@ def _case(m: int, k: int, dtype: torch.dtype, channels: int) -> Case:
     )
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:  # noqa: ARG001 - protocol
-    """The same steps in torch, by themselves and fused by Inductor."""
+def baselines(_: Case, arguments: Mapping[str, Any]) -> list[Call]:
+    """The same steps in torch."""
     x, scale = arguments["x"], arguments["scale"]
-    steps = _steps(x, scale)
-    found = [Call("torch eager", steps, OFF_BY_ONE)]
-    if compiled:
-        found.append(Call("torch Inductor", inductor(steps, x.device), OFF_BY_ONE))
-    return found
 
+    def quantize() -> torch.Tensor:
+        return torch.round(x / scale).clamp(-128, 127).to(torch.int8)
 
-def _steps(x: torch.Tensor, scale: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: torch.round(x / scale).clamp(-128, 127).to(torch.int8)
+    return [Call("torch eager", quantize, OFF_BY_ONE)]

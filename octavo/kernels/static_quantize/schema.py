@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import FLOATS
+from octavo.kernels.common.epilogue import FLOATS, check_tensor, check_zero_point
 from octavo.kernels.dispatch.operator import Operator, compiled_inline
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
 from octavo.kernels.static_quantize import reference
 
 __all__ = ["static_quantize"]
@@ -26,7 +26,7 @@ def static_quantize(
         scale: float32 [], or [K] where channels are divided by factors of their own first
             (SmoothQuant); positive.
         zero_point: the code of 0.0.
-        backend: "auto", "triton" or "reference"; one that is named runs or is refused.
+        backend: "auto", "triton" or "reference"; see `octavo.kernels`.
 
     Returns:
         codes int8 [..., K]; contiguous, or channels_last where images x [B, C, H, W] are.
@@ -49,15 +49,8 @@ def _check(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> None:
         raise InputError(f"x is {x.dtype}; static_quantize takes float16, bfloat16 or float32")
     if x.ndim == 0:
         raise InputError("x is a scalar; static_quantize takes [..., K]")
-    if scale.dtype != torch.float32 or tuple(scale.shape) not in ((), tuple(x.shape[-1:])):
-        raise InputError(
-            f"scale is {scale.dtype} {list(scale.shape)}; x of shape {list(x.shape)} needs "
-            f"torch.float32 [] or [{x.shape[-1]}]"
-        )
-    if scale.device != x.device:
-        raise InputError(f"scale is on {scale.device} and x on {x.device}; move one of them")
-    if not -128 <= zero_point <= 127:
-        raise InputError(f"zero_point is {zero_point}; an int8 code is from -128 to 127")
+    check_tensor("scale", scale, [(), tuple(x.shape[-1:])], x, (torch.float32,))
+    check_zero_point("zero_point", zero_point)
 
 
 def _inline(
@@ -68,17 +61,11 @@ def _inline(
     return None
 
 
-def _triton(x: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
-    from octavo.kernels.static_quantize import triton
-
-    return triton.static_quantize(x, scale, zero_point)
-
-
 OPERATOR = Operator(
     "static_quantize",
     _check,
     (
-        Implementation("triton", lambda x, *_: triton_reason(x), _triton),
+        triton_implementation("static_quantize", lambda x, *_: triton_reason(x)),
         Implementation("reference", lambda *_: "", reference.static_quantize, "last"),
     ),
     lambda x, *_: x.new_empty(x.shape, dtype=torch.int8),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from octavo.kernels.cases import LINEAR_LAYERS, SHORT, Call, Case, by_importance, inductor
+from octavo.kernels.cases import (
+    LINEAR_LAYERS,
+    SHORT,
+    Call,
+    Case,
+    Shapes,
+    by_importance,
+    dtype_name,
+    seeded,
+)
 from octavo.kernels.weight_only_gemm.schema import weight_only_gemm
 from octavo.quant.weights import QuantizedWeight
 
@@ -22,16 +32,14 @@ FORMS = ((4, 128, False), (8, None, False), (4, 32, False), (4, 64, True))
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]] | None = None, dtype: torch.dtype | None = None
-) -> list[Case]:
+def cases(shapes: Shapes | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
     """Every shape with the forms that its K allows; M x N x K."""
-    chosen = shapes or [(m, n, k) for m, (n, k) in by_importance(ROWS, LINEAR_LAYERS)]
+    chosen = shapes or by_importance(ROWS, LINEAR_LAYERS)
     return [
-        _case(m, n, k, dtype or torch.bfloat16, *form)
+        _case(tuple(shape), dtype, *form)
         for form in FORMS
-        for m, n, k in chosen
-        if k % (form[1] or 1) == 0
+        for shape in chosen
+        if shape[2] % (form[1] or 1) == 0
     ]
 
 
@@ -41,23 +49,26 @@ def small_shapes() -> list[tuple[int, ...]]:
 
 
 def _case(
-    m: int, n: int, k: int, dtype: torch.dtype, bits: int, group: int | None, asymmetric: bool
+    shape: tuple[int, ...], dtype: torch.dtype, bits: int, group: int | None, asymmetric: bool
 ) -> Case:
+    m, n, k = shape
+
     def make(device: torch.device) -> dict[str, Any]:
-        random = torch.Generator(device).manual_seed(m + n + k)
-        options: dict[str, Any] = {"generator": random, "device": device}
+        options = seeded(device, m + n + k)
         width = (k * bits + 7) // 8
         packed = torch.randint(0, 256, (n, width), dtype=torch.uint8, **options)
-        shape = (n,) if group is None else (n, k // group)
+        scales = (n,) if group is None else (n, k // group)
         arguments: dict[str, Any] = {
             "x": torch.randn(m, k, **options).to(dtype),
             "w_packed": packed.view(torch.int8) if bits == 8 and not asymmetric else packed,
-            "scale": ((torch.rand(shape, **options) + 1) / (2**bits * k**0.5)).to(dtype),
+            "scale": ((torch.rand(scales, **options) + 1) / (2**bits * k**0.5)).to(dtype),
             "bits": bits,
             "group_size": group,
         }
         if asymmetric:
-            arguments["zero_point"] = torch.randint(0, 2**bits, shape, dtype=torch.uint8, **options)
+            arguments["zero_point"] = torch.randint(
+                0, 2**bits, scales, dtype=torch.uint8, **options
+            )
         return arguments
 
     groups = 1 if group is None else k // group
@@ -66,11 +77,11 @@ def _case(
     return Case(
         operator="weight_only_gemm",
         name=f"{m}x{n}x{k} {SHORT[dtype]} {title}",
-        shape=(m, n, k),
+        shape=shape,
         dtype=dtype,
         bytes=weights + (m * k + m * n) * dtype.itemsize,
         operations=2 * m * n * k,
-        rate=str(dtype).removeprefix("torch."),
+        rate=dtype_name(dtype),
         tolerance=TOLERANCES[dtype],
         make=make,
         run=weight_only_gemm,
@@ -90,19 +101,10 @@ def weight_of(arguments: Mapping[str, Any], k: int) -> QuantizedWeight:
     return weight.unpacked(k)
 
 
-def baselines(case: Case, arguments: Mapping[str, Any], compiled: bool) -> list[Call]:
+def baselines(case: Case, arguments: Mapping[str, Any]) -> list[Call]:
     """Float linear layers with the weights that the codes stand for."""
     m, n, k = case.shape
     w = weight_of(arguments, k).dequantize().to(case.dtype)
-    x = arguments["x"]
-
-    def linear() -> torch.Tensor:
-        return functional.linear(x, w)
-
+    linear = functools.partial(functional.linear, arguments["x"], w)
     moved = (m * k + n * k + m * n) * case.dtype.itemsize
-    tolerance = 2 * TOLERANCES[case.dtype]
-    title = f"F.linear {SHORT[case.dtype]}"
-    found = [Call(title, linear, tolerance, moved)]
-    if compiled:
-        found.append(Call(f"{title} Inductor", inductor(linear, x.device), tolerance, moved))
-    return found
+    return [Call(f"F.linear {SHORT[case.dtype]}", linear, 2 * TOLERANCES[case.dtype], moved)]

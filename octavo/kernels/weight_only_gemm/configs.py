@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from octavo.kernels.common.configs import Config, distinct, power_of_two
 
 __all__ = ["candidates", "default_config"]
 
-Config = dict[str, int]
-
 SLICES = 264
 """Programs that keep the memory of a large GPU busy, two for each of its processors."""
-MOST_CANDIDATES = 30
+FOR_ONE_ROW = 20
+"""Candidates of the kernel for one row at most, so that both are tried where both can win."""
 
 
+@functools.lru_cache(maxsize=4096)
 def default_config(
     m: int,
     n: int,
     k: int,
-    *,
     bits: int,
     group_size: int | None = None,
     itemsize: int = 2,
     fast: bool = True,
-) -> Config:
+) -> Mapping[str, int]:
     """Tile sizes for a shape, by rule: nothing has been tuned on a GPU yet.
 
     Args:
@@ -43,7 +45,7 @@ def default_config(
     """
     if m == 1 and fast:
         return _gemv(n, k, bits)
-    block_m = max(16, min(128 if itemsize < 4 else 64, _power_of_2(m)))
+    block_m = max(16, min(128 if itemsize < 4 else 64, power_of_two(m)))
     block_n, warps = (64, 4) if block_m <= 64 else (128, 8)
     block_k = 128 if block_m <= 64 and fast else 64
     if itemsize == 4:  # three products of TF32 take registers
@@ -55,7 +57,6 @@ def candidates(
     m: int,
     n: int,
     k: int,
-    *,
     bits: int,
     group_size: int | None = None,
     itemsize: int = 2,
@@ -63,20 +64,11 @@ def candidates(
 ) -> Iterator[Config]:
     """Tile sizes worth measuring for a shape, at most 30, those most likely to win first.
 
-    Takes the arguments and yields the fields of `config`.
+    Takes the arguments and yields the fields of `default_config`.
     """
     rows = _for_one_row(n, k, bits) if fast and m <= 4 else iter(())
-    config = _for_several_rows(m, n, k, group_size, itemsize)
-    # up to 20 for a row, so that both kernels are tried where both can win
-    found = itertools.chain(itertools.islice(rows, 20), config)
-    seen: set[tuple[int, ...]] = set()
-    for one in found:
-        key = tuple(one.values())
-        if key not in seen:
-            seen.add(key)
-            yield one
-        if len(seen) == MOST_CANDIDATES:
-            return
+    several = _for_several_rows(m, n, k, group_size, itemsize)
+    return distinct(itertools.chain(itertools.islice(rows, FOR_ONE_ROW), several))
 
 
 def _for_one_row(n: int, k: int, bits: int) -> Iterator[Config]:
@@ -90,7 +82,7 @@ def _for_one_row(n: int, k: int, bits: int) -> Iterator[Config]:
 def _for_several_rows(
     m: int, n: int, k: int, group_size: int | None, itemsize: int
 ) -> Iterator[Config]:
-    most = max(16, min(128, _power_of_2(m)))
+    most = max(16, min(128, power_of_two(m)))
     shapes = [(64, 128, 4), (128, 64, 8), (64, 256, 4)]
     if most < 64:  # wgmma, which pays for many rows, takes 64 channels
         shapes.append((32, 256, 4))
@@ -107,44 +99,31 @@ def _for_several_rows(
 
 def _gemv(n: int, k: int, bits: int, block_n: int = 8, warps: int = 4) -> Config:
     chunks = math.ceil(k * bits / 128)
-    warps = min(warps, _power_of_2(math.ceil(chunks / 32)))
+    warps = min(warps, power_of_two(math.ceil(chunks / 32)))
     while block_n > 4 and math.ceil(n / block_n) < SLICES:
         block_n //= 2
     block_k = 32 * warps * 128 // bits
-    split, tiles, steps = 1, math.ceil(n / block_n), math.ceil(k / block_k)
-    while tiles * split < SLICES and 2 * split <= steps:
-        split *= 2
-    return {
-        "BLOCK_M": 1,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP_M": 1,
-        "SPLIT_K": split,
-        "num_warps": warps,
-        "num_stages": 1,
-    }
+    split = _split(math.ceil(n / block_n), most=math.ceil(k / block_k))
+    return _config(1, block_n, block_k, 1, split, warps, 1)
 
 
 def _gemm(m: int, n: int, k: int, block_m: int, block_n: int, block_k: int, warps: int) -> Config:
     tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
-    steps = math.ceil(k / block_k)
+    split = _split(tiles, most=min(16, math.ceil(k / block_k) // 2))
+    return _config(block_m, block_n, block_k, 8, split, warps, 3)
+
+
+def _split(tiles: int, most: int) -> int:
+    """Programs that share a tile: a power of two up to `most` that keeps the memory busy."""
     split = 1
-    while tiles * split < SLICES and split < 16 and steps >= 4 * split:
+    while tiles * split < SLICES and 2 * split <= most:
         split *= 2
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP_M": 8,
-        "SPLIT_K": split,
-        "num_warps": warps,
-        "num_stages": 3,
-    }
+    return split
 
 
-def _power_of_2(size: int) -> int:
-    """The least one that is not below the size, which is positive."""
-    return 1 << (size - 1).bit_length()
+def _config(*values: int) -> Config:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT_K", "num_warps", "num_stages")
+    return dict(zip(names, values, strict=True))
 
 
 def _within(block_k: int, group_size: int | None) -> int:

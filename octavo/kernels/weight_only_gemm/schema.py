@@ -7,10 +7,16 @@ import math
 import torch
 
 from octavo.core.errors import InputError
-from octavo.kernels.common.epilogue import FLOATS, MOST_ROWS, Epilogue, check_epilogue, check_tensor
-from octavo.kernels.dispatch.autotune import size_bucket
+from octavo.kernels.common.configs import power_of_two
+from octavo.kernels.common.epilogue import (
+    FLOATS,
+    Epilogue,
+    check_alike,
+    check_epilogue,
+    check_tensor,
+)
 from octavo.kernels.dispatch.operator import Operator
-from octavo.kernels.dispatch.select import Implementation, triton_reason
+from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
 from octavo.kernels.weight_only_gemm import dequantize, reference
 from octavo.quant.weights import QuantizedWeight
 
@@ -52,13 +58,11 @@ def weight_only_gemm(
         bits: 8, 4, 3 or 2.
         group_size: how many codes along K share a scale; it divides K. None: all of a row.
         bias: floating [N].
-        activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or
-            "hardswish".
+        activation: as of `int8_gemm`.
         residual: floating [..., N], added after the activation.
         backend: "auto", "triton", "dequantize" (a float matrix product; weights in groups are
-            rounded to the dtype of x first) or "reference"; one that is named runs or is refused.
-            On a GPU "auto" measures the first two for more than 32 rows, once for each shape
-            bucket, and keeps the faster; see `octavo.kernels.explain`.
+            rounded to the dtype of x first; measured for more than 32 rows) or "reference"; see
+            `octavo.kernels`.
 
     Returns:
         [..., N] of the dtype of x.
@@ -105,27 +109,18 @@ def _check_values(x: torch.Tensor, weight: QuantizedWeight) -> None:
             f"w_packed has shape {list(w_packed.shape)}; {bits}-bit codes for x {list(x.shape)} "
             f"are [N, {expected}]"
         )
-    if w_packed.device != x.device:
-        raise InputError(f"w_packed is on {w_packed.device} and x on {x.device}; move one of them")
+    check_alike("w_packed", w_packed, x, dtype=False)
 
 
 def _fake(x: torch.Tensor, weight: QuantizedWeight, _: Epilogue) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.values.shape[0]))
 
 
-def _triton(x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue) -> torch.Tensor:
-    from octavo.kernels.weight_only_gemm import triton
-
-    return triton.weight_only_gemm(x, weight, epilogue)
-
-
 def _triton_reason(x: torch.Tensor, weight: QuantizedWeight, *_: object) -> str:
     size = weight.group_size
     if size is not None and size % 32:
         return f"groups of {size} are not a multiple of 32"
-    if math.prod(x.shape[:-1]) > MOST_ROWS:
-        return f"it counts up to {MOST_ROWS} rows"
-    return triton_reason(x, (8, 0))
+    return triton_reason(x, (8, 0), rows=math.prod(x.shape[:-1]))
 
 
 def _bucket(x: torch.Tensor, weight: QuantizedWeight, e: Epilogue) -> tuple[object, ...] | None:
@@ -135,15 +130,13 @@ def _bucket(x: torch.Tensor, weight: QuantizedWeight, e: Epilogue) -> tuple[obje
     if rows <= FEW:
         return None
     return (
-        size_bucket(rows),
+        power_of_two(rows),
         n,
         k,
-        str(x.dtype).removeprefix("torch."),
         weight.bits,
         f"g{weight.group_size or k}",
         "asymmetric" if weight.zero_point is not None else "symmetric",
-        e.activation,
-        "residual" if e.residual is not None else "alone",
+        *e.kind,
     )
 
 
@@ -151,7 +144,7 @@ OPERATOR = Operator(
     "weight_only_gemm",
     _check,
     (
-        Implementation("triton", _triton_reason, _triton),
+        triton_implementation("weight_only_gemm", _triton_reason),
         Implementation("reference", lambda *_: "", reference.weight_only_gemm, "last"),
         Implementation("dequantize", dequantize.reason, dequantize.weight_only_gemm, "measured"),
     ),

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels.common.configs import power_of_two
 from octavo.kernels.common.epilogue import Epilogue
-from octavo.kernels.dispatch.autotune import best_config, size_bucket
+from octavo.kernels.common.triton_launch import pointers
+from octavo.kernels.dispatch.autotune import best_config
 from octavo.kernels.weight_only_gemm.configs import candidates, default_config
 from octavo.kernels.weight_only_gemm.triton_gemm import gather_kernel, gemm_kernel
 from octavo.kernels.weight_only_gemm.triton_gemv import gemv_kernel
@@ -58,37 +60,27 @@ def weight_only_gemm(
     fast = _fast(weight, rows.shape[1])
     with torch.cuda.device_of(x):
         rows = _aligned(rows) if fast else rows
-        chosen = _choose(rows, weight, out, epilogue, fast) if config is None else config
-        _launch(rows, weight, out, epilogue, chosen, fast)
+        config = config or _choose(rows, weight, epilogue, fast)
+        _launch(rows, weight, out, epilogue, config, fast)
     return out
 
 
 def _choose(
-    rows: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor, epilogue: Epilogue, fast: bool
+    rows: torch.Tensor, weight: QuantizedWeight, e: Epilogue, fast: bool
 ) -> Mapping[str, int]:
     """The tuned configuration, or that of the rule."""
-    (m, k), n = rows.shape, len(weight.values)
-    m, size, bits, group = size_bucket(m), rows.element_size(), weight.bits, weight.group_size
-    rule = _rule(m, n, k, bits, group, size, fast)
+    (m, k), n, group = rows.shape, len(weight.values), weight.group_size
+    facts = (power_of_two(m), n, k, weight.bits, group, rows.element_size(), fast)
     form = "asymmetric" if weight.zero_point is not None else "symmetric"
-    key = f"{m}x{n}x{k} {bits} bits, {form}, groups {group}, {KINDS[rows.dtype][0]}, fast {fast}"
-
-    def others() -> Iterator[Mapping[str, int]]:
-        return candidates(m, n, k, bits=bits, group_size=group, itemsize=size, fast=fast)
-
-    def run(config: Mapping[str, int]) -> torch.Tensor:
-        result = torch.empty_like(out)
-        _launch(rows, weight, result, epilogue, config, fast)
-        return result
-
-    return best_config("weight_only_gemm", key, rows.device, rule, others, run)
-
-
-@functools.lru_cache(maxsize=4096)
-def _rule(
-    m: int, n: int, k: int, bits: int, group: int | None, itemsize: int, fast: bool
-) -> Mapping[str, int]:
-    return default_config(m, n, k, bits=bits, group_size=group, itemsize=itemsize, fast=fast)
+    return best_config(
+        "weight_only_gemm",
+        f"{facts[0]}x{n}x{k} {weight.bits} bits, {form}, groups {group}, "
+        f"{KINDS[rows.dtype][0]}, fast {fast}",
+        rows.device,
+        default_config(*facts),
+        functools.partial(candidates, *facts),
+        functools.partial(weight_only_gemm, rows, weight, e),
+    )
 
 
 def _launch(
@@ -104,11 +96,11 @@ def _launch(
     partial = out
     if split > 1:
         partial = torch.empty(split, m, n, dtype=torch.float32, device=rows.device)
-    # an argument that is not there still needs a pointer, which is never read
+    scale, bias, residual = pointers(out, weight.scale, epilogue.bias, epilogue.residual)
     end = {
-        "scale_ptr": weight.scale.contiguous(),
-        "bias_ptr": _or(epilogue.bias, out),
-        "residual_ptr": _or(epilogue.residual, out),
+        "scale_ptr": scale,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
         "BIAS": epilogue.bias is not None,
         "RESIDUAL": epilogue.residual is not None,
         "ACTIVATION": epilogue.activation,
@@ -118,15 +110,11 @@ def _launch(
     else:
         _launch_gemm(rows, weight, partial, config, fast, end)
     if split > 1:
-        block_m = min(16, triton.next_power_of_2(m))
+        block_m = min(16, power_of_two(m))
         gather_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, 128))](
             partial, out, M=m, N=n, CHANNEL=weight.group_size is None,
             BLOCK_M=block_m, BLOCK_N=128, SPLIT_K=split, **end,
         )  # fmt: skip
-
-
-def _or(value: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    return other if value is None else value.contiguous()
 
 
 def _fast(weight: QuantizedWeight, k: int) -> bool:
@@ -153,7 +141,7 @@ def _meaning(weight: QuantizedWeight, k: int) -> dict[str, Any]:
     """The arguments that say what a code stands for."""
     group = weight.group_size
     return {
-        "zero_ptr": _or(weight.zero_point, weight.values),
+        "zero_ptr": pointers(weight.values, weight.zero_point)[0],
         "GROUPS": k // group if group else 1,
         "BITS": weight.bits,
         "GROUP": group or 0,

@@ -108,22 +108,6 @@ class _Int8Recurrent(QuantizedModule):
     def flatten_parameters(self) -> None:
         """Does nothing: there are no parameters; models written for nn.LSTM call it."""
 
-    def extra_repr(self) -> str:
-        """Sizes, and what differs from the defaults."""
-        defaults = {
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0.0,
-            "bidirectional": False,
-        }
-        rest = [
-            f", {name}={getattr(self, name)}"
-            for name, default in defaults.items()
-            if getattr(self, name) != default
-        ]
-        return f"{self.input_size}, {self.hidden_size}" + "".join(rest)
-
     def _ends(self, layer: int) -> list[str]:
         """How the names of a layer's buffers end, for each direction."""
         return [f"_l{layer}{end}" for end in ("", "_reverse")[: 1 + self.bidirectional]]

@@ -1,4 +1,4 @@
-"""Bytes that the kernels load and store, against the least that any could.
+"""Bytes that the kernels of linear attention load and store, against the least that any could.
 
 Every load counts, whether or not a cache answers it. Masks and cu_seqlens are left out.
 """
@@ -9,8 +9,6 @@ import itertools
 from collections.abc import Mapping
 
 from octavo.kernels.linear_attention.configs import for_states
-
-__all__ = ["least_bytes_of_step", "moved_bytes", "moved_bytes_of_step"]
 
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 

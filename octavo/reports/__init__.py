@@ -4,13 +4,12 @@ Everything here reads the results of `octavo.core.results` and nothing else. HTM
 the optional extra `report`, and say so when it is missing.
 """
 
+from octavo.reports.changes import print_fusions, print_swaps
 from octavo.reports.console import print_comparison, print_layers, print_report, print_trials
-from octavo.reports.fusions import print_fusions
 from octavo.reports.headline import headline
 from octavo.reports.html import write_html
 from octavo.reports.jsonfile import SCHEMA_VERSION, write_json
 from octavo.reports.plots import write_plots
-from octavo.reports.swaps import print_swaps
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from octavo.reports.summary import clean
@@ -47,12 +48,11 @@ class Printer:
 
     def items(self, values: Sequence[str]) -> None:
         """Prints one paragraph an item, with a hanging dash."""
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
+        wrapper = textwrap.TextWrapper(
+            self.console.width, subsequent_indent="  ", break_on_hyphens=False
+        )
         for value in values:
-            grid.add_row(self.text("-"), self.text(value))
-        self.console.print(grid)
+            self.line(wrapper.fill(f"- {value}"))
 
     def table(self, columns: Sequence[tuple[str, str]]) -> Table:
         """An empty table; a column is a heading and "name" (may fold), "number" or "fixed"."""
@@ -85,18 +85,14 @@ class Printer:
 
     def show(self, table: Table) -> None:
         """Prints the table, wider than the terminal if its numbers need that."""
-        console = self.console
-        least = [self._least_width(column) for column in table.columns]
-        for column, width in zip(table.columns, least, strict=True):
-            column.min_width = width
-        needed = sum(least) + 2 * (len(least) - 1)
-        if needed > console.width:
-            table.width = needed
-        console.print(table, soft_wrap=needed > console.width)
-
-    def _least_width(self, column: Column) -> int:
-        """Characters below which a column may not shrink: all of a number, some of a name."""
         options = self.console.options.update(width=_UNBOUNDED)
-        cells = [column.header, *column.cells]
-        widest = max(Measurement.get(self.console, options, cell).maximum for cell in cells)
-        return widest if column.no_wrap else min(widest, _NAME_WIDTH)
+        needed = -2
+        for column in table.columns:
+            cells = [column.header, *column.cells]
+            widest = max(Measurement.get(self.console, options, cell).maximum for cell in cells)
+            # All of a number has to show, and some of a name.
+            column.min_width = widest if column.no_wrap else min(widest, _NAME_WIDTH)
+            needed += column.min_width + 2
+        if needed > self.console.width:
+            table.width = needed
+        self.console.print(table, soft_wrap=needed > self.console.width)

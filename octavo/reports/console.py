@@ -5,18 +5,18 @@ Numbers never wrap, and names do; what each function prints is in its docstring.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from octavo.core.results import Comparison, LayerInfo, LayerReport, Report, Trial
+from octavo.core.results import Comparison, LayerReport, Report, Trial
 from octavo.reports._printer import Printer
 from octavo.reports.headline import headline
 from octavo.reports.summary import (
     NONE,
     Row,
+    all_notes,
     backend_title,
     engine_rows,
     format_layers,
@@ -56,7 +56,14 @@ def print_report(report: Report, console: Console | None = None) -> None:
     )
     out.line()
     out.line(headline(report))
-    _notes(out, report)
+    notes = all_notes(report)
+    if notes:
+        out.line()
+        out.items(notes)
+    if report.command:
+        out.line()
+        out.line("Made with:", style="dim")
+        out.verbatim(report.command)
 
 
 def _results(out: Printer, rows: Sequence[Row]) -> Table:
@@ -86,20 +93,6 @@ def _results(out: Printer, rows: Sequence[Row]) -> Table:
 def _numbers(*headings: str) -> list[tuple[str, str]]:
     """Columns of numbers, for `Printer.table`."""
     return [(heading, "number") for heading in headings]
-
-
-def _notes(out: Printer, report: Report) -> None:
-    """The notes of the report and of its engines, one a paragraph, and the command."""
-    notes = list(report.notes)
-    for result in (report.baseline, *report.engines):
-        notes += [f"{result.name}: {note}" for note in result.notes]
-    if notes:
-        out.line()
-        out.items(notes)
-    if report.command:
-        out.line()
-        out.line("LayerResult with:", style="dim")
-        out.verbatim(report.command)
 
 
 def print_trials(trials: Sequence[Trial], console: Console | None = None) -> None:
@@ -146,32 +139,24 @@ def print_layers(
     if not layers:
         out.line("The engine reports no layers.")
         return
-    shown = _pick(layers, limit)
+    order = sorted(range(len(layers)), key=lambda i: not layers[i].reason)
+    shown = sorted(order if limit is None else order[: max(limit, 0)])
     out.line(", ".join(format_layers(layer_report.counts())), style="bold")
     explained = any(layers[i].reason for i in shown)
     columns = [("Layer", "name"), ("Operator", "name"), ("Runs in", "fixed")]
     table = out.table(columns + ([("Why not INT8", "name")] if explained else []))
     for index in shown:
         layer = layers[index]
-        cells = [layer.name, layer.op, _runs_in(layer)] + ([layer.reason] if explained else [])
+        runs_in = layer.precision if layer.kind == "compute" else "reformat"
+        cells = [layer.name, layer.op, runs_in] + ([layer.reason] if explained else [])
         out.row(table, cells, style="yellow" if layer.reason else "")
     if shown:
         out.line()
         out.show(table)
-    rest = Counter(_runs_in(layers[i]) for i in set(range(len(layers))) - set(shown))
-    if rest:
-        out.line(f"… and {sum(rest.values())} more: {', '.join(format_layers(rest))}", style="dim")
-
-
-def _pick(layers: Sequence[LayerInfo], limit: int | None) -> list[int]:
-    """Indices of the layers to list, in execution order."""
-    order = sorted(range(len(layers)), key=lambda i: not layers[i].reason)
-    return sorted(order if limit is None else order[: max(limit, 0)])
-
-
-def _runs_in(layer: LayerInfo) -> str:
-    """The precision of a layer, or that it only moves data."""
-    return layer.precision if layer.kind == "compute" else "reformat"
+    rest = LayerReport(tuple(layers[i] for i in order if i not in shown))
+    if rest.layers:
+        kinds = ", ".join(format_layers(rest.counts()))
+        out.line(f"… and {len(rest.layers)} more: {kinds}", style="dim")
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

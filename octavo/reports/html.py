@@ -14,23 +14,23 @@ from typing import Any
 
 from octavo.core.files import atomic_write
 from octavo.core.results import EngineResult, Report
-from octavo.reports._extras import require
 from octavo.reports.headline import headline
-from octavo.reports.plots import PLOTS, render
+from octavo.reports.plots import PLOTS, render, require
 from octavo.reports.summary import (
     NONE,
+    all_notes,
     backend_title,
+    bits,
     clean,
     engine_rows,
     format_percent,
     format_seconds,
     format_sqnr,
+    int8_layers,
     precision_title,
 )
 
 __all__ = ["write_html"]
-
-_ORDER = ("int4", "int8", "float8", "float16", "bfloat16", "float32", "float64")
 
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
@@ -49,11 +49,6 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    return atomic_write(path, _render(report))
-
-
-def _render(report: Report) -> str:
-    """Fills the template."""
     require("jinja2", "An HTML report")
     from jinja2 import Environment, StrictUndefined
 
@@ -75,21 +70,21 @@ def _render(report: Report) -> str:
     )
     source = files("octavo.reports").joinpath("template.html.j2").read_text(encoding="utf-8")
     rows = engine_rows(report)
-    return environment.from_string(source).render(
+    page = environment.from_string(source).render(
         report=report,
-        none=NONE,
         headline=headline(report),
         rows=rows,
         labelled=any(row.top1 != NONE for row in rows),
         precisions=_precisions(report),
         share=_int8_share,
-        layers={
-            engine.name: engine.layer_report
-            for engine in report.engines
-            if engine.layer_report is not None and engine.precision.startswith("int8")
+        notes=all_notes(report),
+        plots={
+            name: base64.b64encode(svg).decode()
+            for name in PLOTS
+            if (svg := render(name, report, "svg"))
         },
-        plots=_plots(report),
     )
+    return atomic_write(path, page)
 
 
 def _showable(value: Any) -> Any:
@@ -97,28 +92,13 @@ def _showable(value: Any) -> Any:
     return "\n".join(map(clean, value.split("\n"))) if type(value) is str else value
 
 
-def _plots(report: Report) -> dict[str, dict[str, str]]:
-    """Title, alternative text and data URI of each plot that the report has data for."""
-    found = {}
-    for plot in PLOTS:
-        data = render(plot, report, "svg")
-        if data is not None:
-            uri = f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
-            found[plot.name] = {"title": plot.title, "alt": plot.alt, "uri": uri}
-    return found
-
-
 def _precisions(report: Report) -> list[str]:
     """The precisions that layers of any engine run in, narrow ones first and reformats last."""
     found = {name for engine in report.engines for name in engine.layers}
-
-    def rank(name: str) -> tuple[bool, int, str]:
-        return name == "reformat", _ORDER.index(name) if name in _ORDER else len(_ORDER), name
-
-    return sorted(found, key=rank)
+    return sorted(found, key=lambda name: (name == "reformat", bits(name), name))
 
 
-def _int8_share(engine: EngineResult) -> Any:
+def _int8_share(engine: EngineResult) -> str:
     """The share of compute layers that run in INT8, as text."""
-    total = sum(count for name, count in engine.layers.items() if name != "reformat")
-    return format_percent(engine.layers.get("int8", 0) / total if total else None)
+    ran, total = int8_layers(engine)
+    return format_percent(ran / total if total else None)

@@ -6,46 +6,36 @@ matplotlib, and none of the user's own matplotlib settings.
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import io
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from octavo.core.errors import MissingDependencyError
 from octavo.core.files import atomic_write
 from octavo.core.results import Report
-from octavo.reports._extras import require
-from octavo.reports.figures import GREY, INK, histograms, layer_sqnr, trials
-from octavo.reports.scatter import accuracy_latency
+from octavo.reports.figures import GREY, INK, accuracy_latency, histograms, layer_sqnr, trials
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["PLOTS", "SETTINGS", "render", "require", "write_plots"]
 
-__all__ = ["PLOTS", "Plot", "render", "write_plots"]
+PLOTS = {draw.__name__: draw for draw in (accuracy_latency, layer_sqnr, histograms, trials)}
+"""Stem of the file -> what draws it."""
 
-_DPI = 144
-
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.unicode_minus": True,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.h_pad": 0.09,
     "figure.constrained_layout.w_pad": 0.09,
-    "figure.dpi": _DPI,
-    "font.family": "DejaVu Sans",
+    "figure.dpi": 144,
     "font.size": 9,
-    "axes.labelsize": 9,
     "grid.color": "#e6e8eb",
     "grid.linewidth": 0.7,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",
     "svg.hashsalt": "octavo",
     "text.color": INK,
     "text.parse_math": False,
@@ -54,55 +44,8 @@ _SETTINGS: Any = {
 }
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One kind of figure.
-
-    Attributes:
-        name: the stem of its file.
-        title: what it shows.
-        alt: what to say to a reader who does not see it.
-        draw: makes the figure; None where the report has nothing to draw.
-    """
-
-    name: str
-    title: str
-    alt: str
-    draw: Callable[[Report], Figure | None]
-
-
-PLOTS = (
-    Plot(
-        "accuracy_latency",
-        "Accuracy against latency",
-        "Every engine as a point: SQNR in dB over the median latency in milliseconds. The results "
-        "table holds the same numbers.",
-        accuracy_latency,
-    ),
-    Plot(
-        "layer_sqnr",
-        "Noise layer by layer",
-        "SQNR of every layer's output in execution order; the layers of lowest SQNR are named.",
-        layer_sqnr,
-    ),
-    Plot(
-        "histograms",
-        "Distributions and the ranges that were chosen",
-        "Histograms of a few tensors with logarithmic counts; lines mark the range that INT8 "
-        "covers.",
-        histograms,
-    ),
-    Plot(
-        "trials",
-        "Candidates of the calibration",
-        "SQNR of every candidate as a bar; the table beside it holds the same numbers.",
-        trials,
-    ),
-)
-
-
 def write_plots(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes the figures of a report as PNG files, 1037 pixels wide.
+    """Writes the figures of a report as PNG files, 1036 pixels wide.
 
     Args:
         report: what was measured.
@@ -115,19 +58,16 @@ def write_plots(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    written = []
-    for plot in PLOTS:
-        data = render(plot, report, "png")
-        if data is not None:
-            written.append(atomic_write(Path(folder) / f"{plot.name}.png", data))
-    return written
+    drawn = {name: render(name, report, "png") for name in PLOTS}
+    paths = {Path(folder) / f"{name}.png": data for name, data in drawn.items() if data}
+    return [atomic_write(path, data) for path, data in paths.items()]
 
 
-def render(plot: Plot, report: Report, kind: str) -> bytes | None:
+def render(name: str, report: Report, kind: str) -> bytes | None:
     """Draws one figure.
 
     Args:
-        plot: which figure.
+        name: of the figure, as in `PLOTS`.
         report: what was measured.
         kind: "png" or "svg".
 
@@ -138,9 +78,11 @@ def render(plot: Plot, report: Report, kind: str) -> bytes | None:
         MissingDependencyError: matplotlib is not installed.
     """
     require("matplotlib", "Drawing plots")
+    from matplotlib import style
+
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    with _settings():
-        figure = plot.draw(report)
+    with style.context(SETTINGS, after_reset=True):
+        figure = PLOTS[name](report)
         if figure is None:
             return None
         stream = io.BytesIO()
@@ -148,12 +90,20 @@ def render(plot: Plot, report: Report, kind: str) -> bytes | None:
         return stream.getvalue()
 
 
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """Puts our settings in force, on matplotlib's defaults, and restores the user's afterwards."""
-    import matplotlib
+def require(package: str, purpose: str) -> None:
+    """Imports a package of the extra `report`, or says how to install it.
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
+    Args:
+        package: the name to import.
+        purpose: what needs it, as the subject of the message ("An HTML report").
+
+    Raises:
+        MissingDependencyError: the package cannot be imported.
+    """
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{purpose} needs the package '{package}', which cannot be imported ({error}). "
+            'Install it with: pip install "octavo[report]"'
+        ) from error

@@ -6,6 +6,7 @@ The console and the HTML file both show what is computed here, so they cannot di
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ __all__ = [
     "EQUAL_DB",
     "NONE",
     "Row",
+    "all_notes",
     "backend_title",
+    "bits",
     "clean",
     "engine_rows",
     "format_layers",
@@ -25,7 +28,7 @@ __all__ = [
     "format_size",
     "format_spread",
     "format_sqnr",
-    "is_equal",
+    "int8_layers",
     "precision_title",
     "significant",
     "size_ratio",
@@ -43,14 +46,9 @@ or less, which is what another order of summation in float arithmetic may give."
 
 _BACKENDS = {
     "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
     "pytorch": "PyTorch",
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT for RTX",
-    "tensorrt_rtx": "TensorRT for RTX",
-    "torch": "PyTorch",
-    "torch.compile": "torch.compile",
-    "triton": "Triton",
 }
 
 
@@ -157,7 +155,7 @@ def format_layers(layers: Mapping[str, int]) -> list[str]:
 
 def backend_title(backend: str) -> str:
     """The name that a backend goes by in prose."""
-    return _BACKENDS.get(backend.lower(), clean(backend))
+    return _BACKENDS.get(backend, clean(backend))
 
 
 def precision_title(precision: str) -> str:
@@ -177,9 +175,21 @@ def size_ratio(result: EngineResult, reference: EngineResult) -> float | None:
     return result.size_bytes / reference.size_bytes if reference.size_bytes > 0 else None
 
 
-def is_equal(sqnr_db: float) -> bool:
-    """Whether a plot shows this SQNR as equal to float."""
-    return sqnr_db > EQUAL_DB
+def bits(precision: str) -> int:
+    """Width of the narrowest type in a precision ("int8+float16": 8); 99 where none is known."""
+    return min(map(int, re.findall(r"\d+", precision)), default=99)
+
+
+def int8_layers(result: EngineResult) -> tuple[int, int]:
+    """How many layers run in INT8, and how many compute at all."""
+    computing = sum(count for name, count in result.layers.items() if name != "reformat")
+    return result.layers.get("int8", 0), computing
+
+
+def all_notes(report: Report) -> list[str]:
+    """The notes of the report, then those of each engine with its name."""
+    results = (report.baseline, *report.engines)
+    return [*report.notes, *(f"{one.name}: {note}" for one in results for note in one.notes)]
 
 
 def trial_value(trial: Trial) -> str:
@@ -192,8 +202,7 @@ def trial_value(trial: Trial) -> str:
 
 def worst_layers(layers: tuple[LayerSqnr, ...], count: int = 5) -> list[int]:
     """Indices of the `count` layers of lowest SQNR, the worst first; undefined ones never count."""
-    known = [i for i, layer in enumerate(layers) if not math.isnan(layer.sqnr_db)]
-    noisy = [i for i in known if not is_equal(layers[i].sqnr_db)]
+    noisy = [i for i, layer in enumerate(layers) if layer.sqnr_db <= EQUAL_DB]
     return sorted(noisy, key=lambda i: (layers[i].sqnr_db, i))[:count]
 
 
@@ -206,8 +215,8 @@ def engine_rows(report: Report) -> list[Row]:
 def _row(result: EngineResult, baseline: EngineResult) -> Row:
     """One line of the results table."""
     is_baseline = result is baseline
-    latency, accuracy = result.latency_ms, result.accuracy
-    sqnr = accuracy.sqnr_db if accuracy else None
+    latency = result.latency_ms
+    accuracy = result.accuracy or Accuracy(math.nan, math.nan, math.nan)
     return Row(
         result=result,
         size=format_size(result.size_bytes),
@@ -215,12 +224,8 @@ def _row(result: EngineResult, baseline: EngineResult) -> Row:
         latency=f"{significant(latency.p50)} ms" if latency else NONE,
         spread=format_spread(latency),
         speed_up=format_ratio(speed_up(baseline.latency_ms, latency)),
-        sqnr="reference" if is_baseline else format_sqnr(sqnr),
-        agreement="reference" if is_baseline else _agreement(accuracy),
-        top1=format_percent(accuracy.top1_accuracy) if accuracy else NONE,
-        max_error=NONE if is_baseline or not accuracy else significant(accuracy.max_error, 2),
+        sqnr="reference" if is_baseline else format_sqnr(accuracy.sqnr_db),
+        agreement="reference" if is_baseline else format_percent(accuracy.top1_agreement),
+        top1=format_percent(accuracy.top1_accuracy),
+        max_error=NONE if is_baseline else significant(accuracy.max_error, 2),
     )
-
-
-def _agreement(accuracy: Accuracy | None) -> str:
-    return format_percent(accuracy.top1_agreement) if accuracy else NONE

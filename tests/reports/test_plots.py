@@ -15,20 +15,32 @@ from octavo.core.errors import MissingDependencyError
 from octavo.core.results import EngineResult, LayerSqnr, Report, TensorHistogram
 from octavo.reports import write_html, write_plots
 from octavo.reports.figures import elide
-from octavo.reports.plots import PLOTS, render
+from octavo.reports.plots import PLOTS, SETTINGS, render
+from octavo.reports.summary import EQUAL_DB
 
 matplotlib = pytest.importorskip("matplotlib")
+style = pytest.importorskip("matplotlib.style")
 
 NAMES = ["accuracy_latency", "layer_sqnr", "histograms", "trials"]
 
 
+def texts_of(figure: Any) -> list[Any]:
+    """Everything written in a figure, where it is written."""
+    figure.draw_without_rendering()
+    hidden = []  # labels of ticks beyond the axis, which nobody draws
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = (tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high)
+        hidden += [label for tick in ticks for label in (tick.label1, tick.label2)]
+    texts = figure.findobj(matplotlib.text.Text)
+    return [t for t in texts if t.get_visible() and t.get_text() and t not in hidden]
+
+
 def figure_texts(name: str, report: Report) -> str:
     """Everything written in one figure."""
-    plot = next(plot for plot in PLOTS if plot.name == name)
-    figure = plot.draw(report)
+    figure = PLOTS[name](report)
     assert figure is not None
-    figure.draw_without_rendering()
-    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    return "\n".join(text.get_text() for text in texts_of(figure))
 
 
 def test_four_png_files(report: Report, tmp_path: Path) -> None:
@@ -41,17 +53,17 @@ def test_four_png_files(report: Report, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_same_report_same_bytes(report: Report, kind: str) -> None:
-    for plot in PLOTS:
-        first = render(plot, report, kind)
+    for name in PLOTS:
+        first = render(name, report, kind)
         with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-            second = render(plot, report, kind)
-        assert first == second, f"{plot.name}: differs between runs or follows the user's settings"
+            second = render(name, report, kind)
+        assert first == second, f"{name}: differs between runs or follows the user's settings"
         assert first is not None
 
 
 def test_settings_of_the_user_are_restored(report: Report) -> None:
     before = dict(matplotlib.rcParams)
-    render(PLOTS[0], report, "svg")
+    render("accuracy_latency", report, "svg")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -67,24 +79,36 @@ def test_every_engine_is_labelled(report: Report) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8, 30])
-def test_labels_of_engines_never_collide(report: Report, count: int) -> None:
+@pytest.mark.parametrize("name", ["i8", "ONNX Runtime, observer", "ONNX Runtime INT8, bias " * 3])
+def test_labels_of_engines_never_collide(report: Report, count: int, name: str) -> None:
     engines = tuple(
-        make_engine(f"ONNX Runtime, observer number {i}", p50=3 + 0.01 * i, sqnr_db=18 + 0.02 * i)
-        for i in range(count)
+        make_engine(f"{name} {i}", p50=3 + 0.01 * i, sqnr_db=18 + 0.02 * i) for i in range(count)
     )
-    plot, crowd = PLOTS[0], dataclasses.replace(report, engines=engines)
-    figure = plot.draw(crowd)
-    assert figure is not None
-    figure.draw_without_rendering()
-    inside = [text for axes in figure.axes for text in axes.texts if text.get_text()]
+    with style.context(SETTINGS, after_reset=True):
+        figure = PLOTS["accuracy_latency"](dataclasses.replace(report, engines=engines))
+        assert figure is not None
+        texts = texts_of(figure)
+    written = [" ".join(text.get_text().split()) for text in texts]
     for engine in engines:
-        assert any(engine.name in text.get_text().replace("\n", " ") for text in inside)
-    if count == 30:
-        return  # 30 points in one place leave no room even for numbers, but the key names all
-    boxes = [text.get_window_extent() for text in inside]
+        assert " ".join(engine.name.split()) in written
+    boxes = [text.get_window_extent() for text in texts]
     for i, box in enumerate(boxes):
+        assert figure.bbox.count_contains([box.min, box.max]) == 2, "a text is cut off"
         for other in boxes[:i]:
             assert not box.overlaps(other), "two labels cover each other"
+
+
+def test_markers_tell_latency_and_sqnr(report: Report) -> None:
+    figure = PLOTS["accuracy_latency"](report)
+    assert figure is not None
+    left, right = figure.axes
+    medians = [line.get_xdata()[1] for line in left.lines if len(line.get_xdata())]
+    assert medians == [43.2, 6.31, 3.1, 9.0], "one row an engine, the baseline first"
+    shown = [line.get_xdata()[0] for line in right.lines]
+    equal = [value > EQUAL_DB for value in shown]
+    assert equal == [True, True, False, True], "what equals float is in the band"
+    assert shown[2] == 18.9
+    assert right.get_xlim()[1] > max(shown)
 
 
 @pytest.mark.parametrize(
@@ -96,21 +120,25 @@ def test_labels_of_engines_never_collide(report: Report, count: int) -> None:
         (make_engine("no signal", sqnr_db=-math.inf),),
     ],
 )
-def test_no_scatter_without_engines_to_place(
+def test_no_figure_without_engines_to_place(
     report: Report, engines: tuple[EngineResult, ...]
 ) -> None:
-    assert render(PLOTS[0], dataclasses.replace(report, engines=engines), "svg") is None
+    changed = dataclasses.replace(report, engines=engines)
+    assert render("accuracy_latency", changed, "svg") is None
 
 
 def test_only_float_engines_and_only_noisy_ones(report: Report) -> None:
     floats = dataclasses.replace(report, engines=(make_engine("f", "float32", 6, math.inf),))
-    assert render(PLOTS[0], floats, "svg")
+    assert render("accuracy_latency", floats, "svg")
     no_baseline = dataclasses.replace(
         report,
         baseline=dataclasses.replace(report.baseline, latency_ms=None),
-        engines=(make_engine("bf", "bfloat16", 3.0, 30.0), make_engine("i4", "int4", 2.0, -4.0)),
+        engines=(make_engine("bf", "bfloat16", 3.0, 30.0), make_engine("i4", "int4", 2.0, -400.0)),
     )
-    assert render(PLOTS[0], no_baseline, "svg")
+    assert render("accuracy_latency", no_baseline, "svg")
+    text = figure_texts("accuracy_latency", no_baseline)
+    assert "−400.0 dB" in text
+    assert "eager" not in text, "a row without latency is left out"
 
 
 def test_the_worst_five_layers_are_named(report: Report) -> None:
@@ -124,7 +152,7 @@ def test_the_worst_five_layers_are_named(report: Report) -> None:
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [-3.0, 5.0], [10.0] * 400])
 def test_odd_layers(report: Report, values: list[float]) -> None:
     layers = tuple(LayerSqnr(f"l{i}", "Conv", value) for i, value in enumerate(values))
-    assert render(PLOTS[1], dataclasses.replace(report, layer_sqnr=layers), "svg")
+    assert render("layer_sqnr", dataclasses.replace(report, layer_sqnr=layers), "svg")
 
 
 def test_histograms_tell_range_and_clipped_share(report: Report) -> None:
@@ -147,7 +175,7 @@ def test_histograms_tell_range_and_clipped_share(report: Report) -> None:
     ids=lambda tensor: tensor.name,
 )
 def test_odd_histograms(report: Report, tensor: TensorHistogram) -> None:
-    assert render(PLOTS[2], dataclasses.replace(report, histograms=(tensor,)), "svg")
+    assert render("histograms", dataclasses.replace(report, histograms=(tensor,)), "svg")
 
 
 def test_trials_show_names_as_they_are(report: Report) -> None:

@@ -5,7 +5,8 @@ import io
 from rich.console import Console
 
 from octavo.core.fusions import FuseSummary, Fusion, Unfused
-from octavo.reports import print_fusions
+from octavo.core.swaps import LayerSwap, SwapSummary
+from octavo.reports import print_fusions, print_swaps
 
 SUMMARY = FuseSummary(
     method="torch.fx",
@@ -48,3 +49,26 @@ def test_how_the_order_is_known_is_said() -> None:
     assert "torch.fx cannot. The order of the layers is that of one run" in text
     assert "differ by 1.2e-06 (relative)" in text or "differ by 1.3e-06 (relative)" in text
     assert "give example_inputs" in printed(FuseSummary("nn.Sequential", (), **fields, error=None))
+
+
+def test_swaps_that_differ_by_numbers_share_a_line() -> None:
+    layers = (
+        *(
+            LayerSwap(f"b{i}.fc", "Linear", "int8, rows", "GPTQ", 40.0 + i, 4000, 1000)
+            for i in (0, 1)
+        ),
+        LayerSwap("head", "Linear", "", "too small", None, 400, 400),
+        LayerSwap("", "Linear", "int8", "GPTQ", None, 400, 100),
+    )
+    stream = io.StringIO()
+    summary = SwapSummary(layers, 8800, 2500, note="Read this.")
+    print_swaps(summary, Console(file=stream, width=100))
+    text = " ".join(stream.getvalue().split())
+    assert (
+        "3 of 4 layers with weights are quantized; the model takes 2.50 kB instead of 8.80 kB."
+        in text
+    )
+    assert "b*.fc 2 Linear int8 2.00 kB GPTQ; 40.0 to 41.0 dB rows was 8.00 kB" in text
+    assert "head 1 Linear as before 400 B too small" in text
+    assert "(the model) 1 Linear int8 100 B" in text
+    assert text.endswith("Read this.")

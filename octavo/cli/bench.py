@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.core.files import atomic_write
@@ -26,37 +27,29 @@ __all__ = ["bench"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 GPU_CASES = 12
+OPERATORS = (
+    "int8_gemm, weight_only_gemm, dynamic_quantize, static_quantize, int8_conv2d, "
+    "depthwise_conv2d, depthwise_separable_conv2d, linear_attention, linear_attention_step or "
+    "add_norm."
+)
 
 
 def bench(
-    operator: Annotated[
-        str,
-        typer.Argument(
-            help="int8_gemm, weight_only_gemm, dynamic_quantize, static_quantize, int8_conv2d, "
-            "depthwise_conv2d, depthwise_separable_conv2d, linear_attention or "
-            "linear_attention_step.",
-            show_default=False,
-        ),
-    ],
+    operator: Annotated[str, Argument(help=OPERATORS)],
     shape: Annotated[
-        list[str] | None,
-        typer.Option(help="MxNxK, or MxK for activations; repeat it.", show_default=False),
+        list[str] | None, Option(help="MxNxK, or MxK for activations; repeat it.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default=False)
-    ] = None,
+    dtype: Annotated[str | None, Option(help="float32, float16 or bfloat16.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1 or cpu; by default a GPU, if there is one.")
+        str | None, Option(help="cuda, cuda:1 or cpu; by default a GPU, if there is one.")
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Also measure torch's baselines under Inductor.")
+        bool, Option("--compile", help="Also measure torch's baselines under Inductor.")
     ] = False,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Overwrite the L2 cache before each call.")
+        bool, Option("--cold", help="Overwrite the L2 cache before each call.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures here.", show_default=False)
-    ] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Measure an operator here, beside torch: results are checked before anything is timed."""
     from octavo.core.progress import default_progress
@@ -71,7 +64,7 @@ def bench(
     rows: list[Row] = []
     with default_progress().task(f"Measuring {operator}", len(cases)) as advance:
         for case in cases:
-            caches = ("cold",) if cold else ("warm",)
+            caches = ("cold" if cold else "warm",)
             rows += measure_case(case, place, limits, compiled=compiled, caches=caches)
             advance(1)
     _show(rows, limits, place)

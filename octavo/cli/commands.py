@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from octavo.core.errors import InputError
 from octavo.core.files import atomic_path
@@ -19,59 +20,46 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "calibrate", "compare", "demo", "export_triton_server", "run"]
 
-Model = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
-EngineFile = Annotated[Path, typer.Argument(help="An engine file.", show_default=False)]
-Data = Annotated[
-    Path,
-    typer.Argument(
-        help="A .npz, .npy or .safetensors file, or a folder of images (with --preset).",
-        show_default=False,
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="How to prepare images: imagenet, efficientnet-lite, unit or minus-one-one.",
-        show_default=False,
-    ),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a batch.")]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="Use only the first samples.", show_default=False)
-]
+Model = Annotated[Path, Argument(help="An .onnx file.")]
+EngineFile = Annotated[Path, Argument(help="An engine file.")]
+DATA = "A .npz, .npy or .safetensors file, or a folder of images (with --preset)."
+Data = Annotated[Path, Argument(help=DATA)]
+PRESET = "How to prepare images: imagenet, efficientnet-lite, unit or minus-one-one."
+Preset = Annotated[str | None, Option(help=PRESET)]
+BatchSize = Annotated[int, Option(min=1, help="Samples of a batch.")]
+Limit = Annotated[int | None, Option(min=1, help="Use only the first samples.")]
+Decided = Annotated[bool | None, Option(help="By default auto decides.")]
+DEMO = Path("octavo-demo")
+
+
+def _output(text: str) -> Any:
+    return Option("--output", "-o", help=text)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path(
-        "octavo-demo"
-    ),
+    out: Annotated[Path, Option(help="Folder for everything that it makes.")] = DEMO,
 ) -> None:
     """Show what Octavo does, on a real network: about a minute, no GPU needed."""
     from octavo.demo.run import run_demo
     from octavo.reports import print_report
 
-    result = run_demo(out, say=lambda text: typer.secho(f"• {text}", err=True))
-    print_report(result.report)
-    typer.echo(f"\nReport: {result.report_path}")
+    report, path = run_demo(out, say=lambda text: typer.secho(f"• {text}", err=True))
+    print_report(report)
+    typer.echo(f"\nReport: {path}")
 
 
 def calibrate(
     model: Model,
     data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the table goes.")],
+    output: Annotated[Path, _output("Where the table goes.")],
     observer: Annotated[
-        str, typer.Option(help="auto, minmax, moving-average, percentile, entropy or mse.")
+        str, Option(help="auto, minmax, moving-average, percentile, entropy or mse.")
     ] = "auto",
-    bias_correction: Annotated[
-        bool | None, typer.Option(help="By default auto decides.", show_default=False)
-    ] = None,
-    equalization: Annotated[
-        bool | None, typer.Option(help="By default auto decides.", show_default=False)
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Activations: int8, or uint8 for CPUs only.")] = "int8",
+    bias_correction: Decided = None,
+    equalization: Decided = None,
+    dtype: Annotated[str, Option(help="Activations: int8, or uint8 for CPUs only.")] = "int8",
     exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of nodes to keep in float; repeatable.", show_default=False),
+        list[str] | None, Option(help="Pattern of nodes to keep in float; repeatable.")
     ] = None,
     preset: Preset = None,
     batch_size: BatchSize = 16,
@@ -103,30 +91,19 @@ def calibrate(
 
 def build(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the engine goes.")],
-    backend: Annotated[
-        str, typer.Option(help="onnxruntime, tensorrt or tensorrt-rtx.")
-    ] = "onnxruntime",
-    precision: Annotated[
-        str, typer.Option(help="float32, float16, int8 or int8+float16.")
-    ] = "int8",
+    output: Annotated[Path, _output("Where the engine goes.")],
+    backend: Annotated[str, Option(help="One that `octavo doctor` lists.")] = "onnxruntime",
+    precision: Annotated[str, Option(help="float32, float16, int8 or int8+float16.")] = "int8",
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="A calibration table (.json), or data.", show_default=False),
+        Path | None, Option(help="A calibration table (.json), or data.")
     ] = None,
     profile: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=MIN:OPT:MAX, each like 1x3x224x224; repeatable.", show_default=False
-        ),
+        list[str] | None, Option(help="NAME=MIN:OPT:MAX, each like 1x3x224x224; repeatable.")
     ] = None,
     target: Annotated[
-        list[str] | None,
-        typer.Option(help="GPU architecture, like sm_86; repeatable.", show_default=False),
+        list[str] | None, Option(help="GPU architecture, like sm_86; repeatable.")
     ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder to keep engines in.", show_default=False)
-    ] = None,
+    cache_dir: Annotated[Path | None, Option(help="Folder to keep engines in.")] = None,
     preset: Preset = None,
     batch_size: BatchSize = 16,
     limit: Limit = None,
@@ -159,9 +136,7 @@ def build(
 def run(
     engine: EngineFile,
     data: Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A .npz, .npy or .safetensors file.")
-    ],
+    output: Annotated[Path, _output("A .npz, .npy or .safetensors file.")],
     preset: Preset = None,
     batch_size: BatchSize = 16,
     limit: Limit = None,
@@ -171,7 +146,10 @@ def run(
 
     from octavo.pipelines.build import load
 
-    _check_output(output)
+    if output.suffix not in (".npz", ".npy", ".safetensors"):
+        raise InputError(
+            f"cannot write {output}; give a name that ends in .npz, .npy or .safetensors"
+        )
     with load(engine) as opened:
         batches = _load(data, opened.inputs, preset, batch_size, limit)
         parts = [opened.run(batch) for batch in batches]
@@ -182,13 +160,10 @@ def run(
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(help="The reference: an engine or .onnx file.")],
-    b: Annotated[Path, typer.Argument(help="What is set against it, likewise.")],
+    a: Annotated[Path, Argument(help="The reference: an engine or .onnx file.")],
+    b: Annotated[Path, Argument(help="What is set against it, likewise.")],
     data: Data,
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="A .npy file of classes, one a sample.", show_default=False),
-    ] = None,
+    labels: Annotated[Path | None, Option(help="A .npy file of classes, one a sample.")] = None,
     preset: Preset = None,
     batch_size: BatchSize = 16,
     limit: Limit = None,
@@ -206,15 +181,11 @@ def compare(
 
 def export_triton_server(
     engine: EngineFile,
-    folder: Annotated[Path, typer.Argument(help="The model repository.", show_default=False)],
-    name: Annotated[
-        str | None, typer.Option(help="By default the engine file's name.", show_default=False)
-    ] = None,
-    max_batch_size: Annotated[
-        int | None, typer.Option(min=0, help="0 turns batching off.", show_default=False)
-    ] = None,
-    instances: Annotated[int, typer.Option(min=1, help="Copies to run at once.")] = 1,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model of this name.")] = False,
+    folder: Annotated[Path, Argument(help="The model repository.")],
+    name: Annotated[str | None, Option(help="By default the engine file's name.")] = None,
+    max_batch_size: Annotated[int | None, Option(min=0, help="0 turns batching off.")] = None,
+    instances: Annotated[int, Option(min=1, help="Copies to run at once.")] = 1,
+    overwrite: Annotated[bool, Option(help="Replace a model of this name.")] = False,
 ) -> None:
     """Write a model repository for NVIDIA Triton Inference Server."""
     from octavo.engines.artifact import read_artifact
@@ -279,13 +250,6 @@ def _load_labels(path: Path) -> Any:
         raise InputError(f"cannot read labels from {path}: {error}; give a .npy file") from error
 
 
-def _check_output(path: Path) -> None:
-    if path.suffix not in (".npz", ".npy", ".safetensors"):
-        raise InputError(
-            f"cannot write {path}; give a name that ends in .npz, .npy or .safetensors"
-        )
-
-
 def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
@@ -295,9 +259,9 @@ def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
             save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, str(temporary))
-        elif path.suffix == ".npz":
-            with temporary.open("wb") as file:
+            return
+        with temporary.open("wb") as file:
+            if path.suffix == ".npz":
                 np.savez(file, **arrays)
-        else:
-            with temporary.open("wb") as file:
-                np.save(file, next(iter(arrays.values())))
+            else:
+                np.save(file, *arrays.values())

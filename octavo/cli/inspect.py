@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from octavo.core.errors import ArtifactError, OctavoError
 
@@ -18,9 +18,9 @@ __all__ = ["doctor", "inspect"]
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="An engine, a calibration table (.json) or an .onnx file.")
+        Path, Argument(help="An engine, a calibration table (.json) or an .onnx file.")
     ],
-    layers: Annotated[bool, typer.Option(help="Show every layer of an engine.")] = False,
+    layers: Annotated[bool, Option(help="Show every layer of an engine.")] = False,
 ) -> None:
     """Show what a file holds, after checking that it is whole."""
     console = _console()
@@ -71,8 +71,8 @@ def _inspect_engine(path: Path, console: Console, every_layer: bool) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    backend = get_backend(manifest.backend)
     try:
+        backend = get_backend(manifest.backend)
         if backend.missing():
             raise ArtifactError(backend.missing())
         with Engine(artifact, backend.open) as engine:

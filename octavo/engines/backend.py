@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
 from octavo.core.errors import InputError
+from octavo.core.files import sha256_bytes
 from octavo.core.progress import NoProgress, Progress
 from octavo.engines.artifact import Artifact
 from octavo.engines.engine import Runner
+from octavo.export.onnx_model import input_specs, output_specs
 from octavo.export.qdq import QdqModel
 
 __all__ = [
@@ -86,6 +88,26 @@ class BuildRequest:
     targets: Sequence[str] = ()
     timing_cache: str | None = None
     progress: Progress = field(default_factory=NoProgress)
+
+    def artifact(self, members: Mapping[str, bytes], model: ir.Model, **fields: Any) -> Artifact:
+        """What was built, as an engine file.
+
+        Args:
+            members: the files that the backend made; the table is put beside them.
+            model: the graph that they compute.
+            **fields: of the manifest: what the backend knows and the request does not say.
+        """
+        table = None if self.table is None else self.table.encode()
+        return Artifact.of(
+            dict(members) if table is None else {**members, "table.json": table},
+            precision=self.precision,
+            model=self.fingerprint,
+            calibration=None if table is None else sha256_bytes(table),
+            inputs=input_specs(model),
+            outputs=output_specs(model),
+            reasons=dict(self.quantized.reasons) if self.quantized else {},
+            **fields,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +22,18 @@ class Runner(Protocol):
     """What a backend has to provide to run an engine."""
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs checked inputs (numpy arrays, or tensors where `takes_torch`)."""
+        """Runs an engine.
+
+        Args:
+            feeds: input name -> numpy array, or tensor on any device where `takes_torch`.
+
+        Returns:
+            output name -> a new array, or a new tensor on the engine's device.
+
+        Raises:
+            InputError: a dtype or shape that the engine does not take.
+            BuildError: the runner is closed, or the backend refuses.
+        """
         ...
 
     @property
@@ -152,12 +162,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -166,27 +171,25 @@ class Engine:
 
     def _run(self, batch: Any, arrays: tuple[Any, ...]) -> dict[str, Any]:
         runner = self.open()
-        tensor = next((array for array in arrays if isinstance(array, torch.Tensor)), None)
         if runner.takes_torch:
-            results = runner.run(self._as_tensors(batch))
+            results = runner.run(self._as_tensors(batch, arrays))
         else:
             results = runner.run(as_feeds(batch, self.inputs, "the call"))
+        tensor = next((array for array in arrays if isinstance(array, torch.Tensor)), None)
         if tensor is not None:
-            return {name: _to_torch(value, tensor.device) for name, value in results.items()}
-        return {name: _to_numpy(value) for name, value in results.items()}
+            return {n: torch.as_tensor(value, device=tensor.device) for n, value in results.items()}
+        if runner.takes_torch:
+            return {name: value.cpu().numpy() for name, value in results.items()}
+        return results
 
-    def _as_tensors(self, batch: Any) -> dict[str, Any]:
+    def _as_tensors(self, batch: Any, arrays: tuple[Any, ...]) -> dict[str, torch.Tensor]:
         """Checks a batch without moving its tensors off their device."""
-        metas = _map(batch, _shape_only)
-        names = list(as_feeds(metas, self.inputs, "the call"))
-        given = dict(batch) if isinstance(batch, Mapping) else dict(zip(names, batch, strict=True))
+        named = isinstance(batch, Mapping)
+        shapes = tuple(map(_shape_only, arrays))
+        checked = dict(zip(batch, shapes, strict=True)) if named else shapes
+        names = list(as_feeds(checked, self.inputs, "the call"))
+        given = dict(zip(batch if named else names, arrays, strict=True))
         return {name: _as_tensor(given[name]) for name in names}
-
-
-def _map(batch: Any, function: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: function(value) for name, value in batch.items()}
-    return tuple(function(value) for value in batch)
 
 
 def _shape_only(value: Any) -> Any:
@@ -205,15 +208,6 @@ def _shape_only(value: Any) -> Any:
 def _as_tensor(value: Any) -> torch.Tensor:
     """A tensor as it is; an array copied, since torch cannot share every one."""
     return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-
-
-def _to_torch(value: Any, device: torch.device) -> torch.Tensor:
-    tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
-    return tensor.to(device)
-
-
-def _to_numpy(value: Any) -> Any:
-    return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 
 def check_any_int8(report: LayerReport) -> None:

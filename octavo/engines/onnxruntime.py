@@ -16,20 +16,12 @@ import onnx
 import onnx_ir as ir
 
 from octavo.core.errors import ArtifactError, UnsupportedError
-from octavo.core.files import sha256_bytes
 from octavo.core.machine import package_version
 from octavo.core.results import LayerInfo, LayerReport
 from octavo.engines.artifact import Artifact
 from octavo.engines.backend import DEFAULT_OPTIONS, BuildRequest, RunOptions
 from octavo.engines.engine import check_any_int8
-from octavo.export.onnx_model import (
-    PROTOBUF_LIMIT,
-    input_specs,
-    output_specs,
-    save_onnx,
-    serialize,
-    size_bytes,
-)
+from octavo.export.onnx_model import PROTOBUF_LIMIT, save_onnx, serialize, size_bytes
 from octavo.export.onnxruntime_form import lower_for_onnxruntime
 from octavo.export.onnxruntime_session import kernel_dtypes, make_session
 from octavo.export.placement import ACTIVATIONS
@@ -87,19 +79,8 @@ class OnnxRuntimeBackend:
         model = request.quantized.model if request.quantized else request.model
         if request.precision == "float16":
             model = to_float16(model, request.peaks)
-        members = _members(model)
-        if request.table is not None:
-            members["table.json"] = request.table.encode()
-        artifact = Artifact.of(
-            members,
-            backend=self.name,
-            backend_version=self.version(),
-            precision=request.precision,
-            model=request.fingerprint,
-            calibration=None if request.table is None else sha256_bytes(request.table.encode()),
-            inputs=input_specs(model),
-            outputs=output_specs(model),
-            reasons=dict(request.quantized.reasons) if request.quantized else {},
+        artifact = request.artifact(
+            _members(model), model, backend=self.name, backend_version=self.version()
         )
         if request.quantized:
             runner = self.open(artifact)
@@ -127,12 +108,12 @@ class OnnxRuntimeRunner:
         self._manifest = artifact.manifest
         self._quantized = artifact.manifest.precision.startswith("int8")
         model = self._load(artifact)
-        self._float_reason: dict[str, str] = dict(artifact.manifest.reasons)
+        reasons = artifact.manifest.reasons
         if self._quantized:
             lowered = lower_for_onnxruntime(model, kernel_dtypes())
             model = lowered.model
-            self._float_reason.update(lowered.float_layers)
-        self._float_reason = _by_output(model, self._float_reason)
+            reasons = {**reasons, **lowered.float_layers}
+        self._reasons = _by_output(model, reasons)
         self.model = model
         self._session: Any = make_session(self._source())
         self._outputs = [spec.name for spec in artifact.manifest.outputs]
@@ -148,7 +129,7 @@ class OnnxRuntimeRunner:
             path = Path(folder) / "optimized.onnx"
             make_session(self._source(), optimized_path=path)
             graph = onnx.load(path, load_external_data=False).graph
-        return LayerReport(tuple(_describe(graph, self._float_reason, self._quantized)))
+        return LayerReport(tuple(_describe(graph, self._reasons, self._quantized)))
 
     def close(self) -> None:
         """See `Runner`."""

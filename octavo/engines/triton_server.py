@@ -10,10 +10,8 @@ import contextlib
 import json
 import os
 import re
-import secrets
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -31,21 +29,11 @@ __all__ = ["export_triton_server"]
 DEFAULT_MAX_BATCH = 8
 QUEUE_DELAY_US = 100
 LARGEST_BATCH = 2**31 - 1
-TYPES: Mapping[str, str] = {
-    "bfloat16": "TYPE_BF16",
-    "bool": "TYPE_BOOL",
-    "float16": "TYPE_FP16",
-    "float32": "TYPE_FP32",
-    "float64": "TYPE_FP64",
-    "int16": "TYPE_INT16",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-    "int8": "TYPE_INT8",
-    "uint16": "TYPE_UINT16",
-    "uint32": "TYPE_UINT32",
-    "uint64": "TYPE_UINT64",
-    "uint8": "TYPE_UINT8",
+NAMES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64"
+TYPES = {"bfloat16": "TYPE_BF16"} | {
+    name: f"TYPE_{name.upper().replace('FLOAT', 'FP')}" for name in NAMES.split()
 }
+"""numpy's names of types -> those of the server."""
 
 
 def export_triton_server(
@@ -108,7 +96,6 @@ def export_triton_server(
         version = temporary / "1"
         version.mkdir()
         _write_model(artifact, version, chosen)
-        # last: a server that polls the repository takes a folder without it for no model yet
         (temporary / "config.pbtxt").write_text(config, encoding="utf-8")
     return target
 
@@ -253,26 +240,21 @@ def _write_model(artifact: Artifact, folder: Path, form: KernelDtypes) -> None:
 
 @contextlib.contextmanager
 def _new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder beside `target` that takes its name when the block ends well."""
+    """Yields a folder that takes the name of `target` when the block ends well."""
     if target.exists() and (not overwrite or not target.is_dir()):
         raise InputError(
             f"{target} exists; choose another name, or give overwrite=True to replace the folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    temporary, old = (target.with_name(f".{target.name}.{token}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if not target.exists():
-            temporary.rename(target)
-            return
-        target.rename(old)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        new, old = Path(scratch) / "new.tmp", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
         try:
-            temporary.rename(target)
+            new.rename(target)
         except OSError:
-            old.rename(target)
+            if old.exists():
+                old.rename(target)
             raise
-        shutil.rmtree(old)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -20,11 +20,13 @@ from octavo.calibration.sources import (
     is_batches,
     resolve_model,
 )
-from octavo.core.errors import BuildError, InputError, UnsupportedError
+from octavo.core.errors import ArtifactError, BuildError, InputError, UnsupportedError
 from octavo.core.feeds import as_feeds, split_batch
 from octavo.core.files import sha256_bytes
 from octavo.core.progress import Progress, default_progress
+from octavo.core.version import __version__
 from octavo.engines import (
+    BACKENDS,
     PRECISIONS,
     Artifact,
     BuildRequest,
@@ -138,10 +140,16 @@ def load(
         UnsupportedError: its backend cannot run here; says what is missing.
     """
     artifact = read_artifact(path)
-    backend = get_backend(artifact.manifest.backend)
+    name = artifact.manifest.backend
+    if name not in BACKENDS:
+        raise ArtifactError(
+            f"{path} is an engine of backend {name!r}, which this Octavo {__version__} does not "
+            f"have; install Octavo {artifact.manifest.octavo_version}, which wrote it"
+        )
+    backend = get_backend(name)
     missing = backend.missing()
     if missing:
-        raise UnsupportedError(f"{path} needs backend {artifact.manifest.backend}: {missing}")
+        raise UnsupportedError(f"{path} needs backend {name}: {missing}")
     options = RunOptions(runner, cuda_graph)
     engine = Engine(artifact, functools.partial(backend.open, options=options))
     engine.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,16 @@ from octavo.calibration.data import load_data
 from octavo.core.arrays import Array
 from octavo.core.errors import InputError
 from octavo.core.feeds import as_feeds, split_batch
+from octavo.core.models import held_bytes, in_evaluation
 from octavo.core.progress import Progress, default_progress
 from octavo.core.results import Comparison, TensorSpec
 from octavo.engines import Engine
 from octavo.export import input_specs, load_onnx, make_session, size_bytes
-from octavo.export.torch_export import evaluation_mode
 from octavo.measure import interleaved_latency
 from octavo.pipelines.build import load
 from octavo.quant import accuracy
 
-__all__ = ["Runnable", "compare", "module_size", "runnable"]
+__all__ = ["Runnable", "compare", "runnable"]
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ def compare(
     if sample is None:
         raise InputError("there is no data to compare on; give at least one batch")
     reference, value = (np.concatenate(outputs) for outputs in results)
-    latency = interleaved_latency(
-        {name: _call(model, sample) for name, model in (("a", first), ("b", second))},
-        progress=shown,
-    )
+    calls = {
+        "a": functools.partial(first.run, sample),
+        "b": functools.partial(second.run, sample),
+    }
+    latency = interleaved_latency(calls, progress=shown)
     return Comparison(
         names=(first.name, second.name),
         accuracy=accuracy(reference, value, labels),
@@ -117,52 +119,35 @@ def runnable(model: Any) -> Runnable:
     """
     if isinstance(model, Runnable):
         return model
+    name = ""
     if isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        if path.suffix == ".onnx":
-            graph = load_onnx(path)
-            session = make_session(graph)
-            return Runnable(
-                path.name,
-                lambda feeds: list(session.run(None, dict(feeds))),
-                input_specs(graph),
-                size_bytes(graph),
-            )
-        engine = load(path)
-        return _from_engine(engine, path.name)
+        name = Path(model).name
+        if Path(model).suffix == ".onnx":
+            graph = load_onnx(model)
+            run = functools.partial(make_session(graph).run, None)
+            return Runnable(name, run, input_specs(graph), size_bytes(graph))
+        model = load(model)
     if isinstance(model, Engine):
-        return _from_engine(model, f"{model.backend} {model.precision}")
+        engine = model
+        return Runnable(
+            name or f"{engine.backend} {engine.precision}",
+            lambda feeds: list(engine.run(feeds).values()),
+            engine.inputs,
+            engine.size_bytes,
+        )
     if isinstance(model, torch.nn.Module):
-        return Runnable(type(model).__name__, _module_run(model), None, module_size(model))
+        run = functools.partial(_run_module, model)
+        return Runnable(type(model).__name__, run, None, held_bytes(model))
     raise InputError(
         f"a {type(model).__name__} cannot be compared; give an Engine, a module, or the path of "
         "an engine or .onnx file"
     )
 
 
-def module_size(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, each counted once."""
-    seen = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
-    return sum(seen.values())
-
-
-def _from_engine(engine: Engine, name: str) -> Runnable:
-    return Runnable(
-        name, lambda feeds: list(engine.run(feeds).values()), engine.inputs, engine.size_bytes
-    )
-
-
-def _module_run(module: torch.nn.Module) -> Callable[[Mapping[str, Array]], list[Array]]:
-    def run(feeds: Mapping[str, Array]) -> list[Array]:
-        with evaluation_mode(module), torch.inference_mode():
-            outputs = module(*(torch.from_numpy(np.asarray(array)) for array in feeds.values()))
-        if isinstance(outputs, Mapping):
-            outputs = tuple(outputs.values())
-        parts = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        return [part.numpy() for part in parts]
-
-    return run
-
-
-def _call(model: Runnable, sample: Mapping[str, Array]) -> Callable[[], object]:
-    return lambda: model.run(sample)
+def _run_module(module: torch.nn.Module, feeds: Mapping[str, Array]) -> list[Array]:
+    with in_evaluation(module), torch.inference_mode():
+        outputs = module(*(torch.from_numpy(np.asarray(array)) for array in feeds.values()))
+    if isinstance(outputs, Mapping):
+        outputs = tuple(outputs.values())
+    parts = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [part.numpy() for part in parts]

@@ -10,7 +10,7 @@ import torch
 from fake_cuda import FakeCuda, FakeDriver
 from fake_tensorrt import World, make_module
 
-from octavo.engines.tensorrt import backend, cuda_driver, opening, rtx, torch_runner
+from octavo.engines.tensorrt import backend, base, cuda_driver, rtx, torch_runner
 from octavo.engines.tensorrt.api import TensorRTApi, find_api
 from octavo.engines.tensorrt.cuda_driver import Gpu
 
@@ -31,7 +31,7 @@ class Machine:
 
     def has(self, gpu: Gpu | None) -> None:
         """Puts another GPU into the machine, or takes it out."""
-        for module in (backend, opening, rtx):
+        for module in (backend, base, rtx):
             self.monkeypatch.setattr(module, "current_gpu", lambda: gpu)
 
     def install(self, version: str) -> TensorRTApi:

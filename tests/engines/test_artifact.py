@@ -138,7 +138,7 @@ def test_other_versions_are_named(path: Path, version: int) -> None:
     [
         ({"precision": None}, "precision"),
         ({"precision": "int7"}, "precision"),
-        ({"backend": "abacus"}, "backend"),
+        ({"backend": "../abacus"}, "backend"),
         ({"inputs": [{"name": "x"}]}, "inputs.0.shape"),
         ({"profiles": {"x": [[1, 3]]}}, "profiles.x"),
         ({"surprise": 1}, "surprise"),

@@ -29,9 +29,9 @@ from octavo.engines.artifact import Artifact
 from octavo.engines.backend import BuildRequest
 from octavo.engines.tensorrt.api import find_api
 from octavo.engines.tensorrt.backend import backend
+from octavo.engines.tensorrt.base import RUNNERS
 from octavo.engines.tensorrt.build import PLAN, typed_graph
 from octavo.engines.tensorrt.cuda_driver import Gpu
-from octavo.engines.tensorrt.opening import RUNNERS
 from octavo.export.onnx_model import serialize
 
 TORCH = RunOptions("torch")

@@ -1,4 +1,4 @@
-"""The fakes and the protocols hold nothing that the real libraries do not have."""
+"""The fakes hold nothing that the real libraries do not have, so neither do our calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 import fake_tensorrt
 import pytest
-
-from octavo.engines.tensorrt import types as tensorrt_types
 
 FAKES = {
     "Builder": "Builder",
@@ -32,7 +30,6 @@ FAKES = {
     "Tensor": "ITensor",
     "TimingCache": "ITimingCache",
 }
-PROTOCOLS = {"Parser": "OnnxParser", "Logger": "ILogger", "ProgressMonitor": "IProgressMonitor"}
 RTX_ONLY = {"TargetConfig": "IBuilderConfig", "RtxEngine": "ICudaEngine"} | {
     "RuntimeConfig": "IRuntimeConfig"
 }
@@ -73,17 +70,6 @@ def test_fakes_have_only_what_tensorrt_for_rtx_has(fake: str) -> None:
     name = (FAKES | RTX_ONLY)[fake]
     unknown = own_members(getattr(fake_tensorrt, fake)) - set(dir(getattr(rtx(), name)))
     assert not unknown, f"TensorRT for RTX's {name} has no {sorted(unknown)}"
-
-
-@pytest.mark.parametrize("protocol", sorted(set(tensorrt_types.__all__) - {"Module", "Shape"}))
-def test_protocols_name_only_what_the_libraries_have(protocol: str) -> None:
-    name = (FAKES | RTX_ONLY | PROTOCOLS).get(protocol, protocol)
-    members = own_members(getattr(tensorrt_types, protocol))
-    unknown = members - set(dir(getattr(rtx(), name)))
-    assert not unknown, f"TensorRT for RTX's {name} has no {sorted(unknown)}"
-    if protocol not in RTX_ONLY:
-        unknown = members - stub_of_10(name)
-        assert not unknown, f"TensorRT 10.13's {name} has no {sorted(unknown)}"
 
 
 @pytest.mark.parametrize(

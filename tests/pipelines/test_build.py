@@ -23,7 +23,7 @@ from octavo.core.errors import (
     UnsupportedError,
 )
 from octavo.core.progress import NoProgress
-from octavo.engines import Profile, get_backend, write_artifact
+from octavo.engines import Artifact, Profile, get_backend, write_artifact
 from octavo.engines.onnxruntime import OnnxRuntimeBackend
 from octavo.pipelines.build import build, load
 from octavo.pipelines.calibrate import calibrate
@@ -334,6 +334,15 @@ def test_loading_checks_the_file(tmp_path: Path) -> None:
         load(tmp_path / "gone.octavo")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"net\.octavo is not an Octavo engine file, or it is"):
+        load(path)
+
+
+def test_the_engine_of_an_unknown_backend_names_the_octavo_that_wrote_it(tmp_path: Path) -> None:
+    manifest = cnn_artifact().manifest.model_copy(
+        update={"backend": "abacus", "octavo_version": "9.0"}
+    )
+    path = write_artifact(Artifact(manifest, cnn_artifact().members), tmp_path / "net.octavo")
+    with pytest.raises(ArtifactError, match=r"backend 'abacus'.*install Octavo 9\.0, which wrote"):
         load(path)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import octavo
 from octavo.core.errors import InputError
 from octavo.core.progress import NoProgress
-from octavo.pipelines.compare import module_size
+from octavo.pipelines.compare import runnable
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_module_keeps_its_mode_and_its_size_counts_shared_weights_once() -> No
     assert (module.training, module[1].training, module[2].training) == (True, True, False)
     tied = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     tied[1].weight = tied[0].weight
-    assert module_size(tied) == (64 + 8 + 8) * 4
+    assert runnable(tied).size_bytes == (64 + 8 + 8) * 4
 
 
 def test_refusals(files: Path) -> None:

@@ -16,34 +16,23 @@ import importlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from octavo.core.errors import BuildError, MissingDependencyError, UnsupportedError
-from octavo.engines.tensorrt.types import (
-    Builder,
-    BuilderConfig,
-    CudaEngine,
-    ExecutionContext,
-    Logger,
-    Module,
-    Network,
-    Parser,
-    ProgressMonitor,
-    Runtime,
-    TargetConfig,
-)
+from octavo.core.errors import BuildError, MissingDependencyError, UnsupportedError, first_line
+from octavo.engines.tensorrt.progress import BuildMonitor
 
-__all__ = ["LogSink", "TensorRTApi", "find_api"]
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["TensorRTApi", "find_api"]
 
 MAJORS = (10, 11)
 """Versions of TensorRT that this file speaks; those of TensorRT for RTX all are alike."""
-
-LEVELS = {"INTERNAL_ERROR": logging.INFO, "ERROR": logging.INFO, "WARNING": logging.INFO}
-"""Errors are raised with their text, so the log only keeps them for who asks for it."""
+ERRORS = ("INTERNAL_ERROR", "ERROR")
 
 
-class LogSink:
+class _LogSink:
     """Keeps what TensorRT reports as errors, and passes everything on to Python's logging."""
 
     def __init__(self, name: str) -> None:
@@ -51,10 +40,14 @@ class LogSink:
         self._errors: deque[str] = deque(maxlen=20)
         self._lock = threading.Lock()
 
-    def write(self, severity: str, message: str) -> None:
-        """Takes one message; `severity` is TensorRT's name of its level."""
-        self._log.log(LEVELS.get(severity, logging.DEBUG), "%s", message)
-        if severity in ("ERROR", "INTERNAL_ERROR"):
+    def write(self, severity: Any, message: str) -> None:
+        """Takes one message of a level of TensorRT's.
+
+        Errors are raised with their text, so the log only keeps them for who asks for it.
+        """
+        heard = severity.name in (*ERRORS, "WARNING")
+        self._log.log(logging.INFO if heard else logging.DEBUG, "%s", message)
+        if severity.name in ERRORS:
             with self._lock:
                 self._errors.append(message.strip())
 
@@ -72,49 +65,45 @@ class TensorRTApi:
     Args:
         module: `tensorrt` or `tensorrt_rtx`.
         name: of the backend that it serves.
+
+    Attributes:
+        title: its name for a reader.
+        version: of the library.
+        has_timing_cache: measured timings can be kept; RTX builds ahead of time measure nothing.
+        records_graphs: the library records CUDA graphs itself when a context is asked to.
+        log: what it reported.
     """
 
-    def __init__(self, module: Module, name: str) -> None:
+    def __init__(self, module: Any, name: str) -> None:
+        self._rtx = name == "tensorrt-rtx"
         self.module = module
         self.name = name
-        self.rtx = name == "tensorrt-rtx"
-        self.title = "TensorRT for RTX" if self.rtx else "TensorRT"
+        self.title = "TensorRT for RTX" if self._rtx else "TensorRT"
         self.version = str(module.__version__)
-        self.log = LogSink(name)
-        self._logger = _make_logger(module, self.log)
+        self.has_timing_cache = not self._rtx
+        self.records_graphs = self._rtx
+        self.log = _LogSink(name)
+        self._logger: trt.ILogger = _subclassed(module.ILogger, log=self.log.write)
 
-    @property
-    def has_timing_cache(self) -> bool:
-        """Whether measured timings can be kept; RTX builds ahead of time measure nothing."""
-        return not self.rtx
-
-    @property
-    def records_graphs(self) -> bool:
-        """Whether the library records CUDA graphs itself when a context is asked to."""
-        return self.rtx
-
-    def builder(self) -> Builder:
+    def builder(self) -> trt.Builder:
         """A builder.
 
         Raises:
             BuildError: TensorRT cannot start, as without a usable driver.
         """
-        try:
-            return self.module.Builder(self._logger)
-        except (RuntimeError, TypeError) as error:  # what pybind raises where a factory gave null
-            raise BuildError(f"{self.title} does not start here: {self.log.take()}") from error
+        return self._start(self.module.Builder)
 
-    def network(self, builder: Builder) -> Network:
+    def network(self, builder: trt.Builder) -> trt.INetworkDefinition:
         """An empty, strongly typed network."""
         flags = self.module.NetworkDefinitionCreationFlag
         typed = getattr(flags, "STRONGLY_TYPED", None)
         return builder.create_network(0 if typed is None else 1 << int(typed))
 
-    def parser(self, network: Network) -> Parser:
+    def parser(self, network: trt.INetworkDefinition) -> trt.OnnxParser:
         """A parser that fills the network."""
         return self.module.OnnxParser(network, self._logger)
 
-    def configure(self, config: BuilderConfig, workspace: int) -> None:
+    def configure(self, config: trt.IBuilderConfig, workspace: int) -> None:
         """Sets what every build wants.
 
         Args:
@@ -125,44 +114,46 @@ class TensorRTApi:
         config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, workspace)
 
     def targets(self) -> tuple[str, ...]:
-        """Architectures that it builds ahead of time for, as "sm_86"; none for TensorRT."""
-        if not self.rtx:
-            return ()
+        """Architectures that it builds ahead of time for, as "sm_86"; TensorRT for RTX only."""
         names = self.module.ComputeCapability.__members__
         found = [int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit()]
         return tuple(f"sm_{number}" for number in sorted(found))
 
-    def set_targets(self, config: BuilderConfig, targets: Sequence[str]) -> None:
-        """Says what to build ahead of time for.
+    def set_targets(self, config: trt.IBuilderConfig, targets: Sequence[str]) -> None:
+        """Says what to build ahead of time for; TensorRT itself builds for this machine's GPU.
 
         Raises:
             BuildError: TensorRT does not take one of them.
         """
-        if not targets:
+        if not self._rtx:
             return
-        chosen = cast(TargetConfig, config)
+        chosen: Any = config
         chosen.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = self.module.ComputeCapability.__members__[target.replace("sm_", "SM")]
             if not chosen.set_compute_capability(capability, index):
                 raise BuildError(f"{self.title} refuses target {target}: {self.log.take()}")
 
-    def monitor(self, monitor: ProgressMonitor) -> ProgressMonitor:
+    def monitor(self, monitor: BuildMonitor) -> trt.IProgressMonitor:
         """The object that TensorRT reports progress to, which passes it on to `monitor`."""
-        return _make_monitor(self.module, monitor)
+        return _subclassed(
+            self.module.IProgressMonitor,
+            phase_start=monitor.phase_start,
+            step_complete=monitor.step_complete,
+            phase_finish=monitor.phase_finish,
+        )
 
-    def runtime(self) -> Runtime:
+    def runtime(self) -> trt.Runtime:
         """What turns a plan into an engine.
 
         Raises:
             BuildError: TensorRT cannot start.
         """
-        try:
-            return self.module.Runtime(self._logger)
-        except (RuntimeError, TypeError) as error:
-            raise BuildError(f"{self.title} does not start here: {self.log.take()}") from error
+        return self._start(self.module.Runtime)
 
-    def context(self, engine: CudaEngine, *, cuda_graph: bool = False) -> ExecutionContext:
+    def context(
+        self, engine: trt.ICudaEngine, *, cuda_graph: bool = False
+    ) -> trt.IExecutionContext:
         """What runs an engine.
 
         Args:
@@ -173,9 +164,10 @@ class TensorRTApi:
             BuildError: there is not enough GPU memory, mostly.
         """
         if cuda_graph and self.records_graphs:
-            settings = cast(Any, engine).create_runtime_config()
+            of_rtx: Any = engine
+            settings = of_rtx.create_runtime_config()
             settings.cuda_graph_strategy = self.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = engine.create_execution_context(settings)
+            context = of_rtx.create_execution_context(settings)
         else:
             context = engine.create_execution_context()
         if context is None:
@@ -184,6 +176,12 @@ class TensorRTApi:
                 "memory, or build with a smaller largest batch"
             )
         return context
+
+    def _start(self, kind: Any) -> Any:
+        try:
+            return kind(self._logger)
+        except (RuntimeError, TypeError) as error:  # what pybind raises where a factory gave null
+            raise BuildError(f"{self.title} does not start here: {self.log.take()}") from error
 
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -203,10 +201,9 @@ def find_api(name: str) -> TensorRTApi:
     try:
         module = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingDependencyError(
             f"backend {name} needs the package {_MODULES[name]}, which cannot be imported "
-            f"({reason}); install it with: {command}"
+            f"({first_line(error)}); install it with: {command}"
         ) from error
     if not hasattr(module, "Builder"):
         raise MissingDependencyError(
@@ -214,7 +211,7 @@ def find_api(name: str) -> TensorRTApi:
             f"installed; install it with: {command}"
         )
     api = _api(module, name)
-    if not api.rtx and int(api.version.split(".")[0]) not in MAJORS:
+    if name == "tensorrt" and int(api.version.split(".")[0]) not in MAJORS:
         raise UnsupportedError(
             f"TensorRT {api.version} is installed, and Octavo works with 10 and 11; install one "
             f"of them with: {command}"
@@ -228,27 +225,7 @@ def _api(module: Any, name: str) -> TensorRTApi:
     return TensorRTApi(module, name)
 
 
-def _make_logger(module: Module, sink: LogSink) -> Logger:
-    def log(_self: object, severity: Any, message: str) -> None:
-        sink.write(severity.name, message)
-
-    return cast(Logger, type("OctavoLogger", (module.ILogger,), {"log": log})())
-
-
-def _make_monitor(module: Module, monitor: ProgressMonitor) -> ProgressMonitor:
-    def phase_start(_self: object, name: str, parent: str | None, steps: int) -> None:
-        monitor.phase_start(name, parent, steps)
-
-    def step_complete(_self: object, name: str, step: int) -> bool:
-        return monitor.step_complete(name, step)
-
-    def phase_finish(_self: object, name: str) -> None:
-        monitor.phase_finish(name)
-
-    methods = {
-        "phase_start": phase_start,
-        "step_complete": step_complete,
-        "phase_finish": phase_finish,
-    }
-    base = (module.IProgressMonitor,)
-    return cast(ProgressMonitor, type("OctavoProgressMonitor", base, methods)())
+def _subclassed(kind: type[Any], **methods: Callable[..., object]) -> Any:
+    """An object of one of TensorRT's classes that passes calls on to functions of ours."""
+    ours = {name: staticmethod(function) for name, function in methods.items()}
+    return type(f"Octavo{kind.__name__}", (kind,), ours)()

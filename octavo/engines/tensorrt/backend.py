@@ -11,38 +11,32 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from octavo.core.errors import BuildError, OctavoError, UnsupportedError
+from octavo.core.errors import BuildError, UnsupportedError
 from octavo.core.results import LayerReport
 from octavo.engines.artifact import Artifact
-from octavo.engines.backend import DEFAULT_OPTIONS, BuildRequest, RunOptions
-from octavo.engines.engine import Runner, check_any_int8
-from octavo.engines.tensorrt.api import find_api
+from octavo.engines.backend import BuildRequest
+from octavo.engines.engine import check_any_int8
+from octavo.engines.tensorrt.base import TensorRTFamily
 from octavo.engines.tensorrt.build import build_artifact
 from octavo.engines.tensorrt.cuda_driver import Gpu, current_gpu, driver_version
-from octavo.engines.tensorrt.opening import open_runner
 from octavo.engines.tensorrt.plan import Plan
 
 __all__ = ["TensorRTBackend", "backend"]
 
+NO_GPU = (
+    "backend tensorrt needs an NVIDIA GPU and its driver, and there is none here that is usable; "
+    "build on a machine with one, or ahead of time with backend tensorrt-rtx and targets"
+)
 
-class TensorRTBackend:
+
+class TensorRTBackend(TensorRTFamily):
     """Builds and opens engines of TensorRT 10 and 11."""
 
     name = "tensorrt"
-    activations = "int8"
 
     def missing(self) -> str:
         """What is missing: the package, or a GPU."""
-        try:
-            find_api(self.name)
-            self._gpu()
-        except OctavoError as error:
-            return str(error)
-        return ""
-
-    def version(self) -> str:
-        """Version of TensorRT."""
-        return find_api(self.name).version
+        return super().missing() or ("" if current_gpu() else NO_GPU)
 
     def check(self, precision: str, targets: Sequence[str]) -> None:  # noqa: ARG002 - it has all
         """Refuses targets other than this machine's GPU."""
@@ -60,21 +54,19 @@ class TensorRTBackend:
 
     def build(self, request: BuildRequest) -> Artifact:
         """See `Backend`."""
-        gpu, api = self._target(request.targets), find_api(self.name)
+        gpu, api = self._target(request.targets), self._api()
         artifact = build_artifact(api, request, architecture=(gpu.architecture,), device=gpu.name)
         plan = Plan(api, artifact)
         try:
             check_precision(plan.layers(), request.precision)
         finally:
-            plan.release()
+            plan.close()
         return artifact
 
-    def open(self, artifact: Artifact, options: RunOptions = DEFAULT_OPTIONS) -> Runner:
-        """See `Backend`."""
-        return open_runner(find_api(self.name), artifact, options)
-
     def _target(self, targets: Sequence[str]) -> Gpu:
-        gpu = self._gpu()
+        gpu = current_gpu()
+        if gpu is None:
+            raise UnsupportedError(NO_GPU)
         for target in targets:
             if target != gpu.architecture:
                 raise UnsupportedError(
@@ -82,16 +74,6 @@ class TensorRTBackend:
                     f"of this machine ({gpu.architecture}); backend tensorrt-rtx builds ahead of "
                     "time for other GPUs"
                 )
-        return gpu
-
-    def _gpu(self) -> Gpu:
-        gpu = current_gpu()
-        if gpu is None:
-            raise UnsupportedError(
-                "backend tensorrt needs an NVIDIA GPU and its driver, and there is none here that "
-                "is usable; build on a machine with one, or ahead of time with backend "
-                "tensorrt-rtx and targets"
-            )
         return gpu
 
 

@@ -59,12 +59,12 @@ def _driver() -> ctypes.CDLL | None:
 
 
 def _first_device(driver: ctypes.CDLL) -> Gpu | None:
-    device = ctypes.c_int(0)
-    if driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return None
-    name = ctypes.create_string_buffer(256)
+    device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
     values = [ctypes.c_int(0), ctypes.c_int(0)]
-    results = [driver.cuDeviceGetName(name, len(name), device)]
+    results = [
+        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGetName(name, len(name), device),
+    ]
     for value, attribute in zip(values, CAPABILITY, strict=True):
         results.append(driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
     if any(results):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import TypeVar
 
 from octavo.core.progress import Advance, Progress
@@ -22,76 +21,60 @@ WAKE_SECONDS = 0.2
 Result = TypeVar("Result")
 
 
-@dataclass
-class _Phase:
-    name: str
-    steps: int
-    done: int = 0
-
-
 class BuildMonitor:
     """Turns TensorRT's nested phases into one bar, and asks it to stop when told to.
 
-    Its methods may be called by several threads at once.
+    The methods are those of TensorRT's IProgressMonitor and may be called by several threads at
+    once.
 
     Args:
         advance: takes the percents of the build that were finished since the last call.
+
+    Attributes:
+        cancelled: set it to ask TensorRT to stop at the end of the step it is at.
+        failure: what `advance` raised, if anything.
     """
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
         self._lock = threading.Lock()
-        self._phases: list[_Phase] = []
+        self._phases: dict[
+            str, tuple[int, int]
+        ] = {}  # steps that are done, and all; outermost first
         self._shown = 0
-        self._cancelled = False
+        self.cancelled = False
         self.failure: Exception | None = None
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the build was asked to stop."""
-        return self._cancelled
-
-    def cancel(self) -> None:
-        """Asks TensorRT to stop at the end of the step it is at."""
-        self._cancelled = True
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
         """A phase begins, inside its parent."""
         with self._lock:
             if parent_phase is None:
                 self._phases.clear()
-            self._phases.append(_Phase(phase_name, max(1, num_steps)))
+            self._phases[phase_name] = (0, max(1, num_steps))
 
     def step_complete(self, phase_name: str, step: int) -> bool:
         """A step of a phase is done; False asks TensorRT to end the build."""
         with self._lock:
-            for phase in reversed(self._phases):
-                if phase.name == phase_name:
-                    phase.done = min(phase.steps, step + 1)
-                    break
-            self._show()
-        return not self._cancelled
+            if phase_name in self._phases:
+                _, steps = self._phases[phase_name]
+                self._phases[phase_name] = (min(steps, step + 1), steps)
+            fraction = 0.0
+            for done, steps in reversed(self._phases.values()):
+                fraction = min(1.0, (done + fraction) / steps)
+            self._show(int(fraction * PERCENT))
+        return not self.cancelled
 
     def phase_finish(self, phase_name: str) -> None:
         """A phase is over, whether or not every step was reported."""
         with self._lock:
-            for index in range(len(self._phases) - 1, 0, -1):
-                if self._phases[index].name == phase_name:
-                    del self._phases[index:]
-                    break
+            self._phases.pop(phase_name, None)
 
     def finish(self) -> None:
         """The build has succeeded: fills the bar."""
         with self._lock:
-            self._to(PERCENT)
+            self._show(PERCENT)
 
-    def _show(self) -> None:
-        fraction = 0.0
-        for phase in reversed(self._phases):
-            fraction = min(1.0, (phase.done + fraction) / phase.steps)
-        self._to(int(fraction * PERCENT))
-
-    def _to(self, percent: int) -> None:
+    def _show(self, percent: int) -> None:
         if percent <= self._shown or self.failure is not None:
             return
         steps, self._shown = percent - self._shown, percent
@@ -99,12 +82,10 @@ class BuildMonitor:
             self._advance(steps)
         except Exception as error:  # kept for the caller: TensorRT cannot carry an exception
             self.failure = error
-            self._cancelled = True
+            self.cancelled = True
 
 
-def run_build(
-    title: str, progress: Progress, build: Callable[[BuildMonitor], Result]
-) -> tuple[Result, BuildMonitor]:
+def run_build(title: str, progress: Progress, build: Callable[[BuildMonitor], Result]) -> Result:
     """Runs a build in a thread while this one shows its progress and waits for Ctrl-C.
 
     Args:
@@ -113,7 +94,7 @@ def run_build(
         build: the build; it hands the monitor to TensorRT.
 
     Returns:
-        what `build` returned, and the monitor.
+        what `build` returned.
 
     Raises:
         KeyboardInterrupt: the user interrupted the build; it has ended.
@@ -136,14 +117,13 @@ def run_build(
             # a signal that another thread was given is seen when this one wakes up
             while not wait([outcome], timeout=WAKE_SECONDS).done:
                 pass
-            result = outcome.result()
         except KeyboardInterrupt:
-            monitor.cancel()
+            monitor.cancelled = True
             if worker.is_alive():
                 worker.join()
             raise
+        result = outcome.result()
+        monitor.finish()
         if monitor.failure is not None:
             raise monitor.failure
-        if not monitor.cancelled:
-            monitor.finish()
-    return result, monitor
+    return result

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from octavo.core.errors import BuildError, InputError, UnsupportedError
-from octavo.core.results import LayerReport
+from octavo.core.errors import UnsupportedError
 from octavo.engines.artifact import Artifact
+from octavo.engines.backend import Shape
 from octavo.engines.tensorrt.api import TensorRTApi
 from octavo.engines.tensorrt.plan import Plan
-from octavo.engines.tensorrt.types import Shape
 
 __all__ = ["TorchRunner"]
 
@@ -39,13 +38,13 @@ class _Recording:
     outputs: Tensors
 
 
-class TorchRunner:
+class TorchRunner(Plan):
     """Runs an engine on the GPU that is torch's current device when it is opened.
 
     Results are ready in stream order: torch operations that follow in the same stream see them.
     Work is put into the caller's current stream; where that is the default stream, which TensorRT
     would synchronize with, into a stream of the runner's own, before and after which the caller's
-    waits. Several threads may share a runner; their runs follow one another.
+    waits.
 
     Args:
         api: the library.
@@ -67,63 +66,34 @@ class TorchRunner:
                 "pytorch.org, or choose runner='pycuda'"
             )
         self._device = _gpu(cuda.current_device())
-        self._lock = threading.Lock()
         self._recorded: OrderedDict[tuple[Shape, ...], _Recording] = OrderedDict()
-        with cuda.device(self._device):
+        self._records = cuda_graph and not api.records_graphs
+        with self._current():
             self._own: Any = cuda.Stream()
             self._done: Any = cuda.Event()
-            self._plan: Plan | None = Plan(api, artifact, cuda_graph=cuda_graph)
-        self._records = cuda_graph and not api.records_graphs
+        super().__init__(api, artifact, cuda_graph=cuda_graph)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs the engine.
-
-        Args:
-            feeds: input name -> tensor on any device, of the dtype the engine takes.
-
-        Returns:
-            output name -> a new tensor on the engine's GPU.
-
-        Raises:
-            InputError: a dtype or shape that the engine does not take.
-            BuildError: the runner is closed, or TensorRT refuses.
-        """
-        with self._lock, cuda.device(self._device), torch.no_grad():
-            plan = self._opened()
-            for name, dtype in plan.input_types.items():
-                if feeds[name].dtype != getattr(torch, dtype):
-                    raise InputError(f"input {name!r} is {feeds[name].dtype}, not torch.{dtype}")
-            shapes = {name: tuple(feeds[name].shape) for name in plan.input_types}
-            plan.check_shapes(shapes)
-            inputs = {name: feeds[name].detach().to(self._device) for name in plan.input_types}
+        """See `Runner`."""
+        with self._opened():
+            shapes = self._shapes_of(feeds)
+            inputs = {name: feeds[name].detach().to(self._device) for name in shapes}
             capturing = cuda.is_current_stream_capturing()
             if self._records and not capturing:
-                return self._replay(plan, inputs, shapes)
+                return self._replay(inputs, shapes)
             inputs = {name: _ready(tensor) for name, tensor in inputs.items()}
-            outputs = self._allocate(plan.set_shapes(shapes), plan.output_types)
-            self._enqueue(plan, inputs, outputs, capturing)
-            return {**outputs}
+            outputs = self._allocate(self._set_shapes(shapes), self._output_types)
+            self._enqueue(inputs, outputs, capturing)
+            return outputs
 
-    def layers(self) -> LayerReport:
-        """See `Runner`."""
-        with self._lock, cuda.device(self._device):
-            return self._opened().layers()
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        with cuda.device(self._device), torch.no_grad():
+            yield
 
-    def close(self) -> None:
-        """Waits for the last run and frees the engine; more than one call does no harm."""
-        with self._lock:
-            if self._plan is None:
-                return
-            with cuda.device(self._device):
-                self._done.synchronize()
-                self._recorded.clear()
-                self._plan.release()
-            self._plan = None
-
-    def _opened(self) -> Plan:
-        if self._plan is None:
-            raise BuildError("this runner is closed; load the engine again with octavo.load")
-        return self._plan
+    def _free(self) -> None:
+        self._done.synchronize()
+        self._recorded.clear()
 
     def _allocate(self, shapes: Mapping[str, Shape], types: Mapping[str, str]) -> Tensors:
         return {
@@ -131,27 +101,26 @@ class TorchRunner:
             for name, shape in shapes.items()
         }
 
-    def _enqueue(self, plan: Plan, inputs: Tensors, outputs: Tensors, capturing: bool) -> None:
+    def _enqueue(self, inputs: Tensors, outputs: Tensors, capturing: bool) -> None:
         """Puts one run after the caller's work and before what the caller does next."""
-        tensors = {**inputs, **outputs}
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        addresses = _addresses(inputs, outputs)
         current = cuda.current_stream()
         if capturing:  # into a graph of the caller, who orders its runs
-            plan.enqueue(addresses, current.cuda_stream)
+            self._put(addresses, current.cuda_stream)
             return
         stream = self._own if current == cuda.default_stream() else current
         if stream is not current:
             stream.wait_stream(current)
         stream.wait_event(self._done)  # a context has one scratch memory for the runs of all
-        plan.enqueue(addresses, stream.cuda_stream)
+        self._put(addresses, stream.cuda_stream)
         self._done.record(stream)
         if stream is not current:
             current.wait_stream(stream)
 
-    def _replay(self, plan: Plan, inputs: Tensors, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    def _replay(self, inputs: Tensors, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         key = tuple(shapes.values())
         if key not in self._recorded:
-            self._recorded[key] = self._record(plan, inputs, shapes)
+            self._recorded[key] = self._record(inputs, shapes)
             if len(self._recorded) > MAX_GRAPHS:
                 self._done.synchronize()
                 self._recorded.popitem(last=False)
@@ -166,23 +135,26 @@ class TorchRunner:
         self._done.record(stream)
         return results
 
-    def _record(self, plan: Plan, inputs: Tensors, shapes: Mapping[str, Shape]) -> _Recording:
-        static = self._allocate(shapes, plan.input_types)
-        outputs = self._allocate(plan.set_shapes(shapes), plan.output_types)
+    def _record(self, inputs: Tensors, shapes: Mapping[str, Shape]) -> _Recording:
+        outputs = self._allocate(self._set_shapes(shapes), self._output_types)
+        static = self._allocate(shapes, self._input_types)
         for name, tensor in inputs.items():
             static[name].copy_(tensor)
         # TensorRT does what new shapes need in the first run, which must not be recorded
-        self._enqueue(plan, static, outputs, capturing=False)
+        self._enqueue(static, outputs, capturing=False)
         cuda.synchronize()
         graph = cuda.CUDAGraph()
-        addresses = {name: tensor.data_ptr() for name, tensor in {**static, **outputs}.items()}
         with cuda.graph(graph, stream=self._own, capture_error_mode="thread_local"):
-            plan.enqueue(addresses, self._own.cuda_stream)
+            self._put(_addresses(static, outputs), self._own.cuda_stream)
         return _Recording(graph, static, outputs)
 
 
 def _gpu(index: int) -> torch.device:
     return torch.device("cuda", index)
+
+
+def _addresses(inputs: Tensors, outputs: Tensors) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in {**inputs, **outputs}.items()}
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:

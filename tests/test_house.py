@@ -47,7 +47,6 @@ ALLOWED = {
     "gru_steps": "time steps",
     "lstm_steps": "time steps",
     "BuildMonitor.step_complete": "TensorRT's name",
-    "ProgressMonitor.step_complete": "TensorRT's name",
     "Row.note": "a remark beside a figure, in files of figures too",
     "SwapSummary.note": "a remark of the summary",
 }

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from octavo.core.errors import InputError, UnsupportedError
+from octavo.core.errors import InputError, UnsupportedError, first_line
 from octavo.core.fusions import FuseSummary, Fusion, Unfused
 from octavo.graph.fusible import SeparableGroup
 from octavo.graph.patterns import Found, find, find_parallel
@@ -250,5 +250,4 @@ def _values(outputs: Any) -> Sequence[torch.Tensor]:
 
 
 def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
+    return first_line(error).split(". ")[0].rstrip(".")

@@ -13,7 +13,7 @@ from torch import nn
 from octavo.core.models import outside_inference_mode
 from octavo.kernels.native.library import Library
 
-__all__ = ["QuantizedModule"]
+__all__ = ["QuantizedModule", "module_options"]
 
 _Moves = dict[int, tuple[torch.Tensor, torch.Tensor]]
 _moves: weakref.WeakKeyDictionary[Callable[..., Any], _Moves] = weakref.WeakKeyDictionary()
@@ -38,9 +38,22 @@ class QuantizedModule(nn.Module):
     libraries: tuple[Library, ...] = ()
 
     def config(self) -> dict[str, Any]:
-        """Arguments that make a module of the same form, as JSON can hold them."""
+        """Arguments that make a module of the same form, as JSON can hold them.
+
+        Of an argument that is a buffer too, whether it is there.
+        """
         names = list(inspect.signature(type(self)).parameters)
-        return {name: getattr(self, name) for name in names if name not in ("device", "dtype")}
+        return {
+            name: self._buffers[name] is not None if name in self._buffers else getattr(self, name)
+            for name in names
+            if name not in ("device", "dtype")
+        }
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        known = inspect.signature(type(self)).parameters
+        given = self.config().items()
+        return ", ".join(f"{key}={value!r}" for key, value in given if value != known[key].default)
 
     @outside_inference_mode()
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -55,6 +68,12 @@ class QuantizedModule(nn.Module):
                 moved[id(old)] = old, _convert(fn, old, keep=name in self.float32)
             self._buffers[name] = moved[id(old)][1]
         return self
+
+
+def module_options(kind: type[nn.Module], module: nn.Module) -> dict[str, Any]:
+    """Those arguments of a class that a module of another one has as attributes."""
+    names = inspect.signature(kind).parameters
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
 
 def _convert(

@@ -97,7 +97,7 @@ def test_bags(arguments: Any, options: Any, mode: str, padding: int | None) -> N
     [
         (lambda: WeightOnlyEmbedding(4, 8, bits=5), "bits is 5; use 8, 4, 3 or 2"),
         (lambda: WeightOnlyEmbedding(4, 8, bits=4, group_size=3), "group_size 3 does not divide"),
-        (lambda: WeightOnlyEmbedding(4, 8, bits=8, symmetric=False), "8-bit tables are symmetric"),
+        (lambda: WeightOnlyEmbedding(4, 8, bits=8, symmetric=False), "8-bit weights are symmetric"),
         (lambda: WeightOnlyEmbeddingBag(4, 8, bits=8, mode="min"), "mode is 'min'; use sum, mean"),
         (lambda: WeightOnlyEmbedding.from_float(table(max_norm=1.0)), "max_norm changes rows"),
         (lambda: WeightOnlyEmbedding.from_float(spoiled()), "NaN or infinity"),

@@ -16,7 +16,7 @@ from octavo.compression.quantization.plan import Choice
 from octavo.compression.quantization.recipes import Int8Static
 from octavo.compression.quantization.registry import LayerResult
 from octavo.compression.quantization.static import layer_qparams
-from octavo.core.errors import ExportError, InputError
+from octavo.core.errors import ExportError, InputError, first_line
 from octavo.core.models import evaluating, in_evaluation, run_batch
 from octavo.core.progress import Progress
 from octavo.graph import fuse_model, merge_parallel
@@ -155,7 +155,7 @@ def _of_batches(
         try:
             source = resolve_model(merged, graph.example)
         except ExportError as error:
-            _by_modules(graph, wanted, observer, str(error).splitlines()[0])
+            _by_modules(graph, wanted, observer, first_line(error))
             return graph
         options = CalibrationOptions(observer, exclude=weights_outside(source, wanted))
         _take(graph, Placed.calibrated(source, batches, options, progress), wanted)

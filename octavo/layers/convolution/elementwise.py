@@ -47,10 +47,6 @@ class Quantize(QuantizedModule):
         """Any shape, to the same shape and layout."""
         return static_quantize(x, self.scale, zero_point=self.zero_point)
 
-    def extra_repr(self) -> str:
-        """The zero point."""
-        return f"zero_point={self.zero_point}"
-
 
 class Dequantize(QuantizedModule):
     """Int8 codes to floats of the type that the model computes in.
@@ -94,10 +90,6 @@ class Dequantize(QuantizedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape, to the same shape and layout."""
         return _reals(x, self.scale, self.zero_point).to(self.floats.dtype)
-
-    def extra_repr(self) -> str:
-        """The zero point."""
-        return f"zero_point={self.zero_point}"
 
 
 class Int8Add(QuantizedModule):
@@ -176,10 +168,6 @@ class Int8Add(QuantizedModule):
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
         self._follow_scales()
-
-    def extra_repr(self) -> str:
-        """What follows the sum."""
-        return f"activation={self.activation!r}"
 
 
 def _doubles(codes: torch.Tensor) -> torch.Tensor:

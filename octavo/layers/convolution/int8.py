@@ -291,26 +291,11 @@ class Int8Conv2d(QuantizedModule):
         self.weight = self._ordered(self.weight)  # `.to` may have been given a memory format
         return self
 
-    def config(self) -> dict[str, Any]:
-        """See `QuantizedModule`."""
-        return {**super().config(), "bias": self.bias is not None}
-
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
         self.weight = self._ordered(self.weight)  # it may have been assigned
         self.one = torch.ones_like(self.input_scale)
         self._follow_scales()
-
-    def extra_repr(self) -> str:
-        """Sizes, and what comes and goes as codes."""
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, bias={self.bias is not None}"
-        )
-        kinds = {"in_codes": self.in_codes, "out_codes": self.out_codes}
-        text += "".join(f", {name}" for name, value in kinds.items() if value)
-        return text + (f", activation={self.activation}" if self.activation != "none" else "")
 
 
 def _padding(conv: nn.Conv2d) -> Numbers | str:

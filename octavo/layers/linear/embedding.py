@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError
-from octavo.layers.module import QuantizedModule
-from octavo.quant.groups import quantize_groups
+from octavo.layers.linear.weight_only import NarrowWeight
+from octavo.layers.module import module_options
 from octavo.quant.weights import QuantizedWeight
 
 __all__ = ["WeightOnlyEmbedding", "WeightOnlyEmbeddingBag"]
 
 
-class WeightOnlyEmbedding(QuantizedModule):
+class WeightOnlyEmbedding(NarrowWeight):
     """`torch.nn.Embedding` for inference, with a table of 2 to 8 bits.
 
     Args:
@@ -42,10 +42,7 @@ class WeightOnlyEmbedding(QuantizedModule):
     """
 
     values: torch.Tensor
-    weight_scale: torch.Tensor
-    zero_point: torch.Tensor | None
     floats: torch.Tensor
-    float32 = ("weight_scale",)
     record = ("values", "weight_scale", "zero_point")
 
     def __init__(
@@ -61,25 +58,10 @@ class WeightOnlyEmbedding(QuantizedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if bits not in (2, 3, 4, 8):
-            raise InputError(f"bits is {bits}; use 8, 4, 3 or 2")
-        if group_size is not None and (group_size < 1 or embedding_dim % group_size):
-            raise InputError(
-                f"group_size {group_size} does not divide embedding_dim {embedding_dim}; choose a "
-                "divisor, or None for one scale per row"
-            )
-        if bits == 8 and not symmetric:
-            raise InputError("8-bit tables are symmetric; leave symmetric=True")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.padding_idx = padding_idx
-        v, octets = num_embeddings, -(-embedding_dim * bits // 8)
-        groups = (v,) if group_size is None else (v, embedding_dim // group_size)
-        kind = torch.int8 if bits == 8 else torch.uint8
-        points = None if symmetric else torch.zeros(groups, dtype=torch.uint8, device=device)
-        self.register_buffer("values", torch.zeros((v, octets), dtype=kind, device=device))
-        self.register_buffer("weight_scale", torch.ones(groups, dtype=torch.float32, device=device))
-        self.register_buffer("zero_point", points)
+        self._hold(num_embeddings, embedding_dim, device)
         self.register_buffer("floats", torch.empty(0, dtype=dtype, device=device))
 
     @classmethod
@@ -106,26 +88,15 @@ class WeightOnlyEmbedding(QuantizedModule):
         if table.max_norm is not None:
             raise InputError("max_norm changes rows when they are read; leave the layer in float")
         layer = cls(
-            table.num_embeddings,
-            table.embedding_dim,
+            **module_options(cls, table),
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
             device=table.weight.device,
             dtype=table.weight.dtype,
-            **cls._settings(table),
         )
-        packed = quantize_groups(table.weight, bits, group_size, symmetric).packed()
-        layer.values.copy_(packed.values)
-        layer.weight_scale.copy_(packed.scale)
-        if layer.zero_point is not None and packed.zero_point is not None:
-            layer.zero_point.copy_(packed.zero_point)
+        layer.set_weight(table.weight)
         return layer.train(table.training)
-
-    @staticmethod
-    def _settings(table: Any) -> dict[str, Any]:
-        """What else a layer has in common with the float one."""
-        return {"padding_idx": table.padding_idx}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -134,26 +105,15 @@ class WeightOnlyEmbedding(QuantizedModule):
 
     def _rows(self, index: torch.Tensor | None) -> torch.Tensor:
         """Rows in floats [n, D]: those of `index` int [n], or all."""
-        values, scale, points = self.values, self.weight_scale, self.zero_point
+        found = self.quantized
         if index is not None:
-            values, scale = values.index_select(0, index), scale.index_select(0, index)
-            points = None if points is None else points.index_select(0, index)
-        axis = 0 if self.group_size is None else None
-        found = QuantizedWeight(values, scale, points, None, self.bits, axis, self.group_size)
+            rows = (None if one is None else one.index_select(0, index) for one in found[:3])
+            found = QuantizedWeight._make((*rows, *found[3:]))
         return found.unpacked(self.embedding_dim).dequantize().to(self.floats.dtype)
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """Indices int [...] to rows [..., D] in the dtype of the float table."""
         return self._rows(index.reshape(-1)).reshape(*index.shape, self.embedding_dim)
-
-    def extra_repr(self) -> str:
-        """Sizes, and how the table is quantized."""
-        return (
-            f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, "
-            f"group_size={self.group_size}"
-            + ("" if self.symmetric else ", asymmetric")
-            + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
-        )
 
 
 class WeightOnlyEmbeddingBag(WeightOnlyEmbedding):
@@ -195,11 +155,6 @@ class WeightOnlyEmbeddingBag(WeightOnlyEmbedding):
             raise InputError(f"mode is {mode!r}; use sum, mean or max")
         self.mode, self.include_last_offset = mode, include_last_offset
 
-    @staticmethod
-    def _settings(table: Any) -> dict[str, Any]:
-        names = ("padding_idx", "mode", "include_last_offset")
-        return {name: getattr(table, name) for name in names}
-
     def forward(
         self,
         index: torch.Tensor,
@@ -232,7 +187,3 @@ class WeightOnlyEmbeddingBag(WeightOnlyEmbedding):
             include_last_offset=self.include_last_offset,
             padding_idx=None if self.padding_idx is None else count,
         )
-
-    def extra_repr(self) -> str:
-        """As of an embedding, and what a bag is."""
-        return f"{super().extra_repr()}, mode={self.mode}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -158,6 +156,11 @@ class Int8Linear(QuantizedModule):
             self.bias.copy_(bias)
 
     @property
+    def static(self) -> bool:
+        """Whether the scale of x is a calibrated number."""
+        return self._buffers["input_scale"] is not None
+
+    @property
     def is_dynamic(self) -> bool:
         """Whether x is quantized with one scale per token, and nothing before it."""
         return self._buffers["smooth"] is None and self._buffers["input_scale"] is None
@@ -184,28 +187,6 @@ class Int8Linear(QuantizedModule):
         else:
             values, scale = dynamic_quantize(x)
         return product(values, scale, weight, self.activation, dtype)
-
-    def config(self) -> dict[str, Any]:
-        """See `QuantizedModule`."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "smooth": self.smooth is not None,
-            "static": self.input_scale is not None,
-            "activation": self.activation,
-            "zero_point": self.zero_point,
-        }
-
-    def extra_repr(self) -> str:
-        """Sizes, and how x is quantized."""
-        kind = "dynamic" if self.input_scale is None else "static"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {kind}"
-            + (", smooth" if self.smooth is not None else "")
-            + (f", activation={self.activation}" if self.activation != "none" else "")
-        )
 
 
 def rows_of(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:

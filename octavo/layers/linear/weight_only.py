@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -14,10 +12,80 @@ from octavo.layers.module import QuantizedModule
 from octavo.quant.groups import quantize_groups
 from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["WeightOnlyLinear"]
+__all__ = ["NarrowWeight", "WeightOnlyLinear"]
 
 
-class WeightOnlyLinear(QuantizedModule):
+class NarrowWeight(QuantizedModule):
+    """A module with a weight [N, K] of 2 to 8 bits.
+
+    Attributes:
+        bits: of a value: 8, 4, 3 or 2.
+        group_size: neighbours along K that share a scale; None for one scale per row.
+        symmetric: whether there are no zero points.
+        weight_scale: float32 [N] or [N, K / group_size].
+        zero_point: uint8 of that shape, or None.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    weight_scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    float32 = ("weight_scale",)
+
+    def _hold(self, n: int, k: int, device: torch.device | str | None) -> None:
+        """Makes the buffers, of which the first is int8 [N, K], or packed uint8 [N, octets].
+
+        Raises:
+            InputError: numbers that do not go together.
+        """
+        bits, size = self.bits, self.group_size
+        if bits not in (2, 3, 4, 8):
+            raise InputError(f"bits is {bits}; use 8, 4, 3 or 2")
+        if size is not None and (size < 1 or k % size):
+            raise InputError(
+                f"group_size {size} does not divide the {k} values of a row; choose a divisor, or "
+                "None for one scale per row"
+            )
+        if bits == 8 and not self.symmetric:
+            raise InputError("8-bit weights are symmetric; leave symmetric=True")
+        groups = (n,) if size is None else (n, k // size)
+        kind = torch.int8 if bits == 8 else torch.uint8
+        values = torch.zeros((n, -(-k * bits // 8)), dtype=kind, device=device)
+        points = None if self.symmetric else torch.zeros(groups, dtype=torch.uint8, device=device)
+        tensors = (values, torch.ones(groups, dtype=torch.float32, device=device), points)
+        for name, tensor in zip(self.record, tensors, strict=True):
+            self.register_buffer(name, tensor)
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight, its values packed, with the bias where the module has one."""
+        values, scale, points = (self._buffers[name] for name in self.record)
+        axis = 0 if self.group_size is None else None
+        return QuantizedWeight(
+            values,  # type: ignore[arg-type]
+            scale,  # type: ignore[arg-type]
+            points,
+            self._buffers.get("bias"),
+            self.bits,
+            axis,
+            self.group_size,
+        )
+
+    def set_weight(self, weight: torch.Tensor | QuantizedWeight) -> None:
+        """Takes a weight, its values not packed: floating [N, K], which is rounded, or quantized.
+
+        Raises:
+            InputError: values that are not finite.
+        """
+        if isinstance(weight, torch.Tensor):
+            weight = quantize_groups(weight, self.bits, self.group_size, self.symmetric)
+        for mine, given in zip(self.quantized[:3], weight.packed()[:3], strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given)
+
+
+class WeightOnlyLinear(NarrowWeight):
     """y = activation(x @ W.T + b), with W in 2 to 8 bits and everything else in float.
 
     Args:
@@ -40,10 +108,7 @@ class WeightOnlyLinear(QuantizedModule):
     """
 
     weight: torch.Tensor
-    weight_scale: torch.Tensor
-    zero_point: torch.Tensor | None
     bias: torch.Tensor | None
-    float32 = ("weight_scale",)
 
     def __init__(
         self,
@@ -59,26 +124,12 @@ class WeightOnlyLinear(QuantizedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if bits not in (2, 3, 4, 8):
-            raise InputError(f"bits is {bits}; use 8, 4, 3 or 2")
-        if group_size is not None and (group_size < 1 or in_features % group_size):
-            raise InputError(
-                f"group_size {group_size} does not divide in_features {in_features}; choose a "
-                "divisor, or None for a scale a channel"
-            )
-        if bits == 8 and not symmetric:
-            raise InputError("8-bit weights are symmetric; leave symmetric=True")
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.activation = activation
-        n, octets = out_features, -(-in_features * bits // 8)
-        groups = (n,) if group_size is None else (n, in_features // group_size)
-        code = torch.int8 if bits == 8 else torch.uint8
-        points = None if symmetric else torch.zeros(groups, dtype=torch.uint8, device=device)
-        self.register_buffer("weight", torch.zeros((n, octets), dtype=code, device=device))
-        self.register_buffer("weight_scale", torch.ones(groups, dtype=torch.float32, device=device))
-        self.register_buffer("zero_point", points)
-        self.register_buffer("bias", torch.zeros(n, dtype=dtype, device=device) if bias else None)
+        self._hold(out_features, in_features, device)
+        added = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", added)
 
     @classmethod
     def from_float(
@@ -96,7 +147,7 @@ class WeightOnlyLinear(QuantizedModule):
         Args:
             linear: weight [N, K] and bias [N] of any float dtype.
             bits: of a weight.
-            group_size: neighbours along K that share a scale; None for a scale a channel.
+            group_size: neighbours along K that share a scale; None for one scale per channel.
             symmetric: without zero points; 4 bits and fewer gain from having them.
             activation: what follows the layer.
             quantized: the weight as it was quantized elsewhere, such as by GPTQ, with these bits
@@ -117,28 +168,14 @@ class WeightOnlyLinear(QuantizedModule):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        if quantized is None:
-            quantized = quantize_groups(linear.weight, bits, group_size, symmetric)
-        packed = quantized.packed()
-        layer.weight.copy_(packed.values)
-        layer.weight_scale.copy_(packed.scale)
-        if layer.zero_point is not None and packed.zero_point is not None:
-            layer.zero_point.copy_(packed.zero_point)
+        layer.set_weight(linear.weight if quantized is None else quantized)
         if linear.bias is not None and layer.bias is not None:
             layer.bias.copy_(linear.bias.detach())
         return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x; `rows` computes those output channels only."""
-        weight = QuantizedWeight(
-            self.weight,
-            self.weight_scale,
-            self.zero_point,
-            self.bias,
-            self.bits,
-            0 if self.group_size is None else None,
-            self.group_size,
-        )
+        weight = self.quantized
         if rows is not None:
             weight = rows_of(weight, rows)
         return weight_only_gemm(
@@ -150,17 +187,4 @@ class WeightOnlyLinear(QuantizedModule):
             group_size=self.group_size,
             bias=weight.bias,
             activation=self.activation,
-        )
-
-    def config(self) -> dict[str, Any]:
-        """See `QuantizedModule`."""
-        return {**super().config(), "bias": self.bias is not None}
-
-    def extra_repr(self) -> str:
-        """Sizes, and how weights are quantized."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}"
-            + ("" if self.symmetric else ", asymmetric")
-            + (f", activation={self.activation}" if self.activation != "none" else "")
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 __all__ = [
     "atomic_path",
     "atomic_write",
+    "cache_folder",
     "others_may_write",
     "private_folder",
     "sha256_bytes",
@@ -20,6 +21,15 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 20
+
+
+def cache_folder() -> Path:
+    """The user's cache: $OCTAVO_CACHE_DIR, or octavo/ in $XDG_CACHE_HOME, or ~/.cache/octavo."""
+    ours = os.environ.get("OCTAVO_CACHE_DIR")
+    if ours:
+        return Path(ours).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "octavo"
 
 
 @contextlib.contextmanager

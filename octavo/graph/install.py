@@ -10,7 +10,8 @@ from torch import nn
 from octavo.core.progress import Progress
 from octavo.graph.activations import following_activations
 from octavo.graph.patch import Patch, parents
-from octavo.graph.transformers import adapt, libraries_of
+from octavo.graph.transformers import adapt, operators_of
+from octavo.kernels.dispatch.operator import libraries_of
 from octavo.kernels.native.library import prepare
 from octavo.layers.linear.int8 import Int8Linear
 from octavo.layers.linear.weight_only import WeightOnlyLinear
@@ -98,4 +99,5 @@ def compile_libraries(model: nn.Module, progress: Progress) -> None:
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     if all(tensor.device.type in ("cpu", "meta") for tensor in tensors):
-        prepare([one for module in model.modules() for one in libraries_of(module)], progress)
+        used = {name for module in model.modules() for name in operators_of(module)}
+        prepare(libraries_of(used), progress)

@@ -24,7 +24,7 @@ from octavo.graph.activations import code_of
 from octavo.graph.patch import Patch, parents
 from octavo.kernels.attention import native
 from octavo.kernels.attention.schema import attention
-from octavo.kernels.native.library import Library
+from octavo.layers.attention.multihead import MultiheadAttention
 from octavo.layers.linear.add_norm import AddNorm, Roles
 from octavo.layers.linear.int8 import Int8Linear
 from octavo.layers.linear.shared_codes import SharedInput
@@ -37,7 +37,7 @@ __all__ = [
     "attend_in_c",
     "attention_name",
     "is_of_transformers",
-    "libraries_of",
+    "operators_of",
     "parts_of",
     "projections_reason",
     "transformers_reason",
@@ -144,12 +144,13 @@ def adapt(model: nn.Module, patch: Patch) -> None:
         _share(module, patch)
 
 
-def libraries_of(module: nn.Module) -> tuple[Library, ...]:
-    """The C that a module computes with on a CPU: a layer of ours, or one whose attention is."""
+def operators_of(module: nn.Module) -> tuple[str, ...]:
+    """The operators that a module computes with: a layer of ours, or one whose attention is."""
     if getattr(module, MARK, False):
-        return (native.LIBRARY,)
-    found: tuple[Library, ...] = getattr(module, "libraries", ())
-    return found
+        return ("attention",)
+    if isinstance(module, (QuantizedModule, AddNorm, MultiheadAttention)):
+        return module.operators
+    return ()
 
 
 def _attend(model: nn.Module, module: nn.Module, patch: Patch) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from octavo.core.models import outside_inference_mode
-from octavo.kernels.native.library import Library
 
 __all__ = ["QuantizedModule", "module_options"]
 
@@ -30,12 +29,12 @@ class QuantizedModule(nn.Module):
     Attributes:
         float32: names of the buffers that stay float32.
         record: names of the buffers of its quantized weight: values, scale and zero point.
-        libraries: the C that it computes with on a CPU.
+        operators: names of those that it computes with, as far as they have C for CPUs.
     """
 
     float32: tuple[str, ...] = ()
     record: tuple[str, ...] = ("weight", "weight_scale", "zero_point")
-    libraries: tuple[Library, ...] = ()
+    operators: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """Arguments that make a module of the same form, as JSON can hold them.

@@ -16,6 +16,7 @@ import torch
 from fake_gpu import FACTS, GPU, FakeGpu
 
 from octavo.core.errors import OctavoError, OctavoWarning
+from octavo.core.files import cache_folder
 from octavo.kernels.common.configs import power_of_two
 from octavo.kernels.dispatch import autotune, measurement, store
 from octavo.kernels.dispatch.autotune import best_config, label
@@ -285,13 +286,13 @@ def test_candidates_can_be_taken_instead_of_measured(gpu: FakeGpu) -> None:
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path))
-    assert store.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.setenv("OCTAVO_CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.cache_folder() == tmp_path / "octavo"
+    assert cache_folder() == tmp_path / "octavo"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store.cache_folder() == tmp_path / ".cache" / "octavo"
+    assert cache_folder() == tmp_path / ".cache" / "octavo"
 
 
 def test_the_source_digest_sees_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

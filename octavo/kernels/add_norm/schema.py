@@ -92,7 +92,7 @@ OPERATOR = Operator(
     _check,
     (
         triton_implementation("add_norm", _triton_reason),
-        Implementation("native", native.reason, native.add_norm),
+        Implementation("native", native.reason, native.add_norm, library=native.LIBRARY),
         Implementation("reference", lambda *_: "", reference.add_norm, "last"),
     ),
     _fake,

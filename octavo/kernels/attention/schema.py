@@ -111,7 +111,7 @@ OPERATOR = Operator(
     "attention",
     _check,
     (
-        Implementation("native", native.reason, native.attention),
+        Implementation("native", native.reason, native.attention, library=native.LIBRARY),
         Implementation("reference", lambda *_: "", reference.attention, "last"),
     ),
     lambda q, *_: reference.room(q),

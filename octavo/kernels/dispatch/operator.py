@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from octavo.core.errors import UnsupportedError
 from octavo.kernels.dispatch.select import Decision, Implementation, asked_backend, record, select
+from octavo.kernels.native.library import Library
 
-__all__ = ["Operator", "compiled_inline", "forget_plans", "wants_gradient"]
+__all__ = ["Operator", "compiled_inline", "forget_plans", "libraries_of", "wants_gradient"]
 
 MOST_PLANS = 4096
 """Kinds of calls that an operator remembers; models with many lengths of sequences have many."""
@@ -86,7 +87,7 @@ class Operator:
         self.name, self.implementations, self._writes = name, tuple(implementations), bool(updated)
         self._check, self._bucket, self._inline = check, bucket, inline
         self._plans: dict[tuple[object, ...], Plan] = {}
-        _operators.append(self)
+        _operators[name] = self
         hints = typing.get_type_hints(check)
         hints.pop("return", None)
         self._arguments = tuple(_argument(key, hint) for key, hint in hints.items())
@@ -186,12 +187,18 @@ class Operator:
         return tuple(_taken(argument, leaves) for argument in self._arguments)
 
 
-_operators: list[Operator] = []
+_operators: dict[str, Operator] = {}
+
+
+def libraries_of(operators: Iterable[str]) -> list[Library]:
+    """The C that operators run on a CPU, by their names."""
+    found = [one.library for name in operators for one in _operators[name].implementations]
+    return [library for library in found if library is not None]
 
 
 def forget_plans() -> None:
     """Lets every operator validate and choose anew, after something changed who can run."""
-    for operator in _operators:
+    for operator in _operators.values():
         operator._plans.clear()
 
 

@@ -20,6 +20,7 @@ import torch
 
 from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels.dispatch.autotune import fastest
+from octavo.kernels.native.library import Library
 
 __all__ = [
     "Choice",
@@ -47,12 +48,14 @@ class Implementation:
         role: "any" may be chosen by the order and by measuring; "measured" by measuring only;
             "last" where no "any" can run: the oracle, which need not be quick; "composed" likewise,
             and where `use_backend` names an implementation of the operators that it calls.
+        library: the C that it runs.
     """
 
     name: str
     reason: Callable[..., str]
     run: Callable[..., Any]
     role: Literal["any", "measured", "last", "composed"] = "any"
+    library: Library | None = None
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,11 @@ import torch
 from filelock import FileLock
 
 from octavo.core.errors import OctavoWarning
-from octavo.core.files import atomic_write, private_folder
+from octavo.core.files import atomic_write, cache_folder, private_folder
 from octavo.core.machine import package_version
 
 __all__ = [
     "Table",
-    "cache_folder",
     "device_facts",
     "gpu_slug",
     "packaged_entries",
@@ -43,15 +42,6 @@ __all__ = [
 FORMAT = 1
 KERNELS = Path(__file__).parents[1]
 """Where the operators' folders are."""
-
-
-def cache_folder() -> Path:
-    """The user's cache: $OCTAVO_CACHE_DIR, or octavo/ in $XDG_CACHE_HOME, or ~/.cache/octavo."""
-    ours = os.environ.get("OCTAVO_CACHE_DIR")
-    if ours:
-        return Path(ours).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "octavo"
 
 
 def gpu_slug(name: str) -> str:

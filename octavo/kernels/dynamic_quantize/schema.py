@@ -77,7 +77,7 @@ OPERATOR = Operator(
     _check,
     (
         triton_implementation("dynamic_quantize", lambda x, *_: triton_reason(x)),
-        Implementation("native", native.reason, native.dynamic_quantize),
+        Implementation("native", native.reason, native.dynamic_quantize, library=native.LIBRARY),
         Implementation("reference", lambda *_: "", reference.dynamic_quantize, "last"),
     ),
     _fake,

@@ -125,7 +125,7 @@ OPERATOR = Operator(
         triton_implementation(
             "int8_gemm", lambda x, *_: triton_reason(x, (8, 0), rows=math.prod(x.shape[:-1]))
         ),
-        Implementation("native", native.reason, native.int8_gemm),
+        Implementation("native", native.reason, native.int8_gemm, library=native.LIBRARY),
         Implementation("int_mm", int_mm.reason, int_mm.int8_gemm),
         Implementation("reference", lambda *_: "", reference.int8_gemm, "last"),
         Implementation("dequantize", dequantize.reason, dequantize.int8_gemm, "measured"),

@@ -65,7 +65,7 @@ OPERATOR = Operator(
     "int8_linear",
     _check,
     (
-        Implementation("native", native.reason, native.int8_linear),
+        Implementation("native", native.reason, native.int8_linear, library=native.LIBRARY),
         Implementation("two-kernel", lambda *_: "", reference.int8_linear, "composed"),
     ),
     lambda x, weight, _: x.new_empty((*x.shape[:-1], weight.values.shape[0])),

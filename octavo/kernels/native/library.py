@@ -28,10 +28,9 @@ import torch
 from filelock import FileLock
 
 from octavo.core.errors import OctavoWarning, UnsupportedError
-from octavo.core.files import atomic_path, others_may_write, private_folder
+from octavo.core.files import atomic_path, cache_folder, others_may_write, private_folder
 from octavo.core.machine import cpu_flags
 from octavo.core.progress import NoProgress, Progress
-from octavo.kernels.dispatch.store import cache_folder
 
 __all__ = ["FLOAT", "INT", "POINTER", "SIZE", "Library", "pointer", "prepare", "threads_for"]
 

@@ -122,7 +122,7 @@ LSTM_OPERATOR = Operator(
     "int8_lstm_steps",
     _check_lstm,
     (
-        Implementation("native", native.reason, native.lstm_steps),
+        Implementation("native", native.reason, native.lstm_steps, library=native.LIBRARY),
         Implementation("reference", lambda *_: "", reference.lstm_steps, "last"),
     ),
     _fake,
@@ -132,7 +132,7 @@ GRU_OPERATOR = Operator(
     "int8_gru_steps",
     _check,
     (
-        Implementation("native", native.reason, native.gru_steps),
+        Implementation("native", native.reason, native.gru_steps, library=native.LIBRARY),
         Implementation("reference", lambda *_: "", reference.gru_steps, "last"),
     ),
     _fake,

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional
 
 from octavo.core.errors import InputError
-from octavo.kernels.attention import native
 from octavo.kernels.attention.schema import attention
 
 __all__ = ["MultiheadAttention", "RowsLinear", "decompose_reason"]
@@ -50,7 +49,7 @@ class MultiheadAttention(nn.Module):
     """Tells torch's transformer layers to call this module, and not their fused kernel."""
     _qkv_same_embed_dim = False
 
-    libraries = (native.LIBRARY,)
+    operators = ("attention",)
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ class Quantize(QuantizedModule):
 
     scale: torch.Tensor
     float32 = ("scale",)
+    operators = ("static_quantize",)
 
     def __init__(self, zero_point: int = 0, device: torch.device | str | None = None) -> None:
         super().__init__()

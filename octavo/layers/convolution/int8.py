@@ -79,6 +79,7 @@ class Int8Conv2d(QuantizedModule):
     multiplier: torch.Tensor
     one: torch.Tensor
     float32 = ("weight_scale", "input_scale", "output_scale", "residual_scale", "multiplier", "one")
+    operators = ("static_quantize",)
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from octavo.core.hooks import any_global_hooks, has_hooks
-from octavo.kernels.add_norm import native
 from octavo.kernels.add_norm.schema import add_norm
 from octavo.kernels.common.epilogue import FLOATS
 from octavo.layers.linear.shared_codes import SharedInput
@@ -52,7 +51,7 @@ class AddNorm(nn.Module):
 
     shared: SharedInput | None = None
 
-    libraries = (native.LIBRARY,)
+    operators = ("add_norm",)
 
     def __init__(self, children: dict[str, nn.Module], roles: Roles, stands_for: str) -> None:
         super().__init__()

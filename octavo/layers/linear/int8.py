@@ -8,10 +8,7 @@ from torch import nn
 from octavo.core.errors import InputError
 from octavo.kernels.common.codes import fold_zero_point
 from octavo.kernels.common.packed import packed
-from octavo.kernels.dynamic_quantize import native as dynamic_quantize_c
 from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
-from octavo.kernels.int8_gemm import native as int8_gemm_c
-from octavo.kernels.int8_linear import native as int8_linear_c
 from octavo.kernels.int8_linear.reference import product
 from octavo.kernels.int8_linear.schema import OPERATOR as int8_linear  # noqa: N811
 from octavo.kernels.static_quantize.schema import static_quantize
@@ -55,7 +52,6 @@ class Int8Linear(QuantizedModule):
     smooth: torch.Tensor | None
     input_scale: torch.Tensor | None
     float32: tuple[str, ...] = ("weight_scale", "smooth", "input_scale")
-    libraries = (int8_linear_c.LIBRARY, int8_gemm_c.LIBRARY, dynamic_quantize_c.LIBRARY)
     shared: SharedInput | None = None
 
     def __init__(
@@ -159,6 +155,12 @@ class Int8Linear(QuantizedModule):
     def static(self) -> bool:
         """Whether the scale of x is a calibrated number."""
         return self._buffers["input_scale"] is not None
+
+    @property
+    def operators(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See `QuantizedModule`."""
+        first = ("static_quantize",) if self.static else ("dynamic_quantize", "int8_linear")
+        return (*first, "int8_gemm")
 
     @property
     def is_dynamic(self) -> bool:

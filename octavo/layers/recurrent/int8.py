@@ -11,10 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from octavo.core.errors import InputError
-from octavo.kernels.dynamic_quantize import native as dynamic_quantize_c
 from octavo.kernels.dynamic_quantize.schema import dynamic_quantize
-from octavo.kernels.int8_gemm import native as int8_gemm_c
-from octavo.kernels.recurrent import native
 from octavo.kernels.recurrent.schema import gru_steps, lstm_steps
 from octavo.kernels.recurrent.weights import Inputs
 from octavo.layers.linear.int8 import compute_dtype
@@ -38,7 +35,7 @@ class _Int8Recurrent(QuantizedModule):
     gates: int
     kind: type[nn.RNNBase]
 
-    libraries = (native.LIBRARY, int8_gemm_c.LIBRARY, dynamic_quantize_c.LIBRARY)
+    operators = ("int8_lstm_steps", "int8_gru_steps", "int8_gemm", "dynamic_quantize")
 
     def __init__(
         self,

@@ -8,12 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.core.errors import InputError
+from octavo.core.errors import InputError, UnsupportedError
 from octavo.kernels import static_quantize
+from octavo.kernels.static_quantize import native
 
 pytest.importorskip("octavo.kernels.static_quantize.triton")
-every_backend = pytest.mark.parametrize("backend", ["triton", "reference"])
-SHAPES = [(1, 1), (3, 7), (2, 5, 63), (1, 5000), (0, 4)]
+NO_C = native.LIBRARY.reason()
+in_c = pytest.mark.skipif(bool(NO_C), reason=NO_C)
+every_backend = pytest.mark.parametrize(
+    "backend", ["triton", "reference", pytest.param("native", marks=in_c)]
+)
+SHAPES = [(1, 1), (3, 7), (2, 5, 63), (3, 50_000), (0, 4)]
+
+
+@pytest.fixture
+def device(device: torch.device, request: pytest.FixtureRequest) -> torch.device:
+    """Where the backend of a test runs."""
+    parameters = getattr(request.node, "callspec", None)
+    in_c = parameters is not None and parameters.params.get("backend") == "native"
+    return torch.device("cpu") if in_c else device
 
 
 def values(*shape: int) -> torch.Tensor:
@@ -77,6 +90,10 @@ def test_a_scale_a_channel_and_any_strides(
     dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     x = values(4, 33, 6).to(device, dtype)
+    if backend == "native" and dtype != torch.float32:
+        with pytest.raises(UnsupportedError, match="it takes float32"):
+            static_quantize(x, torch.tensor(0.1), backend=backend)
+        return
     for view in (x, x.transpose(0, 2), x[:, ::3]):
         scale = torch.rand(view.shape[-1], generator=torch.Generator().manual_seed(1)) / 9 + 0.01
         expected = torch.round(view.cpu().float() / scale).clamp(-128, 127)

@@ -8,7 +8,7 @@ from octavo.core.errors import InputError
 from octavo.kernels.common.epilogue import FLOATS, check_tensor, check_zero_point
 from octavo.kernels.dispatch.operator import Operator, compiled_inline
 from octavo.kernels.dispatch.select import Implementation, triton_implementation, triton_reason
-from octavo.kernels.static_quantize import reference
+from octavo.kernels.static_quantize import native, reference
 
 __all__ = ["static_quantize"]
 
@@ -26,7 +26,8 @@ def static_quantize(
         scale: float32 [], or [K] where channels are divided by factors of their own first
             (SmoothQuant); positive.
         zero_point: the code of 0.0.
-        backend: "auto", "triton" or "reference"; see `octavo.kernels`.
+        backend: "auto", "triton", "native" (C, for CPUs with AVX-512 VNNI) or "reference"; see
+            `octavo.kernels`.
 
     Returns:
         codes int8 [..., K]; contiguous, or channels_last where images x [B, C, H, W] are.
@@ -66,6 +67,7 @@ OPERATOR = Operator(
     _check,
     (
         triton_implementation("static_quantize", lambda x, *_: triton_reason(x)),
+        Implementation("native", native.reason, native.static_quantize, library=native.LIBRARY),
         Implementation("reference", lambda *_: "", reference.static_quantize, "last"),
     ),
     lambda x, *_: x.new_empty(x.shape, dtype=torch.int8),

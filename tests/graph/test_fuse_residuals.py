@@ -35,7 +35,7 @@ def test_of_two_convolutions_the_later_takes_the_sum() -> None:
     assert patterns(summary) == ["convolution + BN", "pointwise + BN + residual"]
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1,), (3, 2, 8, 13, 11)])
+@pytest.mark.parametrize("shape", [(8, 1, 11), (1,), (3, 2, 8, 13, 11)])
 def test_a_residual_of_another_shape_is_broadcast(shape: tuple[int, ...]) -> None:
     offset = torch.randn(shape, dtype=torch.float64)
     model = made(lambda m, x: m.bn(m.conv(x)) + m.offset * 2)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import fx, nn
 
 from octavo.core.fusions import Unfused
@@ -20,6 +22,18 @@ from octavo.graph.view import GraphView
 from octavo.kernels.common.convolution import sum_of_sides
 
 __all__ = ["Found", "find", "find_parallel"]
+
+ARITHMETIC = {
+    "mul": "mul", "imul": "mul", "mul_": "mul",
+    "add": "add", "iadd": "add", "add_": "add",
+    "sub": "sub", "isub": "sub", "sub_": "sub",
+}  # fmt: skip
+"""What puts a constant on a result."""
+FOLDED = frozenset((
+    "add", "sub", "mul", "div", "truediv", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "exp",
+    "reshape", "view", "unsqueeze", "getitem",
+))  # fmt: skip
+"""What models compute constants of channels with."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ def find_parallel(graph: fx.Graph, root: nn.Module) -> tuple[FusionGroup, ...]:
 def _normalized(view: GraphView) -> list[FusionGroup]:
     """Convolutions with their paddings and BatchNorms; parallel ones are one."""
     groups = [_with_norm(view, _with_padding(view, one)) for one in _convolutions(view)]
-    return parallel(view, groups)
+    return parallel(view, [_with_constants(view, group) for group in groups])
 
 
 def _all_convolutions(view: GraphView) -> Iterator[Conv | Unsupported]:
@@ -142,6 +156,73 @@ def _with_norm(view: GraphView, group: FusionGroup) -> FusionGroup:
         return group
     term = replace(group.terms[0], norm=norm)
     return _grown(view, replace(group, terms=(term,)), norm.node) or group
+
+
+def _with_constants(view: GraphView, group: FusionGroup) -> FusionGroup:
+    """Constants by which channels are multiplied, or which are added: a BatchNorm written out."""
+    reader = view.sole_reader(group.out)
+    name = "" if reader is None else view.describe(reader)
+    if reader is None or name not in ARITHMETIC or len(reader.args) != 2 or reader.kwargs:
+        return group
+    first, second = reader.args
+    turned = first is not group.out
+    value = _of_channels(view, first if turned else second, group)
+    if value is None or (turned and name not in ("add", "mul")):
+        return group
+    kind = ARITHMETIC[name]
+    term = group.terms[0]
+    norm = term.norm or Norm(
+        reader, group.out, group.name, value.new_zeros(()), value.new_ones(()), None, None, 0.0
+    )
+    factor = value if kind == "mul" else torch.ones_like(value)
+    shift = {"mul": torch.zeros_like(value), "add": value, "sub": -value}[kind]
+    gain, bias = (
+        known.detach().to("cpu", torch.float64) if known is not None else torch.full_like(value, x)
+        for known, x in ((norm.weight, 1.0), (norm.bias, 0.0))
+    )
+    norm = replace(norm, weight=gain * factor, bias=bias * factor + shift)
+    changed = replace(group, terms=(replace(term, norm=norm),))
+    gone = {reader}
+    for node in reversed(list(view.graph.nodes)):  # what the constant alone is computed with
+        if node.users and gone.issuperset(node.users) and node is not group.out:
+            gone.add(node)
+    grown = _grown(view, changed, *gone)
+    if grown is None:
+        return group
+    view.operations.pop(reader, None)  # it is no sum of two results
+    return _with_constants(view, grown)
+
+
+def _of_channels(view: GraphView, value: Any, group: FusionGroup) -> torch.Tensor | None:
+    """A constant with one number a channel, [N] in float64; None for anything else."""
+    channels, kind = group.conv.weight.shape[0], group.conv.weight.dtype
+    if isinstance(value, (int, float)):
+        return torch.full((channels,), float(value), dtype=torch.float64)
+    found = _computed(view, value) if isinstance(value, fx.Node) else None
+    if found is None or (found.ndim and found.dtype != kind) or not found.is_floating_point():
+        return None
+    if found.ndim and tuple(found.shape) not in ((channels, 1, 1), (1, channels, 1, 1)):
+        return None
+    return found.reshape(-1).to("cpu", torch.float64).expand(channels)
+
+
+def _computed(view: GraphView, node: fx.Node) -> torch.Tensor | None:
+    """What a node computes from the model's own tensors alone; None where it reads others."""
+    if node.op == "get_attr":
+        holder, _, attribute = str(node.target).rpartition(".")
+        found = getattr(view.root.get_submodule(holder), attribute)
+        return found.detach() if isinstance(found, torch.Tensor) else None
+    if node.op not in ("call_function", "call_method") or view.describe(node) not in FOLDED:
+        return None
+    inputs = {one: _computed(view, one) for one in node.all_input_nodes}
+    if not inputs or any(one is None for one in inputs.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), inputs.__getitem__)
+    target: Any = node.target
+    if node.op == "call_method":
+        target = getattr(torch.Tensor, target)
+    result = target(*args, **kwargs)
+    return result if isinstance(result, torch.Tensor) else None
 
 
 def _with_activation(view: GraphView, group: FusionGroup) -> FusionGroup:

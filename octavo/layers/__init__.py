@@ -5,7 +5,6 @@ from octavo.layers.attention.multihead import MultiheadAttention
 from octavo.layers.convolution.fused import FusedConv2d, FusedSeparableConv2d
 from octavo.layers.convolution.int8 import Int8Conv2d
 from octavo.layers.convolution.separable import DepthwiseSeparableConv2d, MobileNetBlock
-from octavo.layers.linear.embedding import WeightOnlyEmbedding, WeightOnlyEmbeddingBag
 from octavo.layers.linear.int8 import Int8Linear
 from octavo.layers.linear.weight_only import WeightOnlyLinear
 from octavo.layers.recurrent.int8 import Int8GRU, Int8LSTM
@@ -22,7 +21,5 @@ __all__ = [
     "LinearAttention",
     "MobileNetBlock",
     "MultiheadAttention",
-    "WeightOnlyEmbedding",
-    "WeightOnlyEmbeddingBag",
     "WeightOnlyLinear",
 ]

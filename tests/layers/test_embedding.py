@@ -14,7 +14,8 @@ from torch.nn import functional
 import octavo
 from octavo import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from octavo.core.errors import InputError
-from octavo.layers import WeightOnlyEmbedding, WeightOnlyEmbeddingBag, WeightOnlyLinear
+from octavo.layers import WeightOnlyLinear
+from octavo.layers.linear.embedding import WeightOnlyEmbedding, WeightOnlyEmbeddingBag
 from octavo.quant import sqnr_db
 
 FORMS = {

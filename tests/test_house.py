@@ -35,7 +35,7 @@ WORDS = frozenset(
     | {"refused", "scene", "skipped", "step", "steps", "tiles", "trial", "under", "unit", "units"}
     | {"way", "ways", "why"}
 )
-"""Words of our own for what the field has names for; docs/contributing.md says which."""
+"""Words of our own for what the field has names for; CONTRIBUTING.md says which."""
 ALLOWED = {
     "AttentionPair": "a teacher's layer and its student's, which are a pair",
     "attention_pairs": "likewise",

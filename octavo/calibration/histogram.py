@@ -54,11 +54,6 @@ class Histogram:
         """float64 [2 * bins + 1], the edges of the bins."""
         return np.arange(-self.bins, self.bins + 1, dtype=np.float64) * self.width
 
-    @property
-    def centers(self) -> npt.NDArray[np.float64]:
-        """float64 [2 * bins], the middle of each bin."""
-        return (np.arange(-self.bins, self.bins, dtype=np.float64) + 0.5) * self.width
-
     def update(self, values: Array, largest: float) -> None:
         """Adds finite values.
 

@@ -17,10 +17,7 @@ __all__ = [
     "others_may_write",
     "private_folder",
     "sha256_bytes",
-    "sha256_file",
 ]
-
-_CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -88,12 +85,3 @@ def others_may_write(path: str | os.PathLike[str]) -> bool:
 def sha256_bytes(data: bytes | memoryview) -> str:
     """The SHA-256 of `data` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's content as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import threading
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.core.files import atomic_path, atomic_write, sha256_bytes, sha256_file
+from octavo.core.files import atomic_path, atomic_write, sha256_bytes
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -118,10 +117,3 @@ def test_sha256_of_known_text() -> None:
     # The examples of FIPS 180-2.
     assert sha256_bytes(b"abc").startswith("ba7816bf8f01cfea414140de5dae2223")
     assert sha256_bytes(memoryview(b"")).startswith("e3b0c44298fc1c149afbf4c8996fb924")
-
-
-@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000])
-def test_sha256_of_a_file_of_many_chunks(tmp_path: Path, size: int) -> None:
-    data = bytes(range(251)) * (size // 251 + 1)
-    path = atomic_write(tmp_path / "data", data[:size])
-    assert sha256_file(path) == hashlib.sha256(data[:size]).hexdigest() == sha256_bytes(data[:size])

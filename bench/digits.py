@@ -118,7 +118,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def learned(data: Data, epochs: int, tuning: int) -> tuple[list[dict[str, Any]], dict[str, Reader]]:
-    """One row a model, with its accuracy and the seconds of training; and the trained models."""
+    """One row per model, with its accuracy and the seconds of training; and the trained models."""
     rows: list[dict[str, Any]] = []
     models: dict[str, Reader] = {}
 
@@ -140,7 +140,7 @@ def learned(data: Data, epochs: int, tuning: int) -> tuple[list[dict[str, Any]],
 
 @torch.no_grad()
 def timed(models: dict[str, Reader], data: Data, rounds: int) -> list[dict[str, Any]]:
-    """One row a model and length: milliseconds of a forward pass."""
+    """One row per model and length: milliseconds of a forward pass."""
     rows = []
     for steps, batch in BATCHES.items():
         x = data.test[0][:batch].repeat_interleave(steps // STEPS, 1)
@@ -152,7 +152,7 @@ def timed(models: dict[str, Reader], data: Data, rounds: int) -> list[dict[str, 
 
 
 def table(rows: list[dict[str, Any]], times: list[dict[str, Any]]) -> str:
-    """What was found, a line a model."""
+    """What was found, one line per model."""
     heads = [f"{batch} x {steps}" for steps, batch in BATCHES.items()]
     lines = [f"{'':<28}accuracy  training" + "".join(f"{head:>12}" for head in heads)]
     for row in rows:

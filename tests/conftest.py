@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which any test may do first
     os.environ["TRITON_INTERPRET"] = "1"
 from filelock import FileLock
-from torch import nn
+from lite0 import Lite0
 
 from octavo.calibration import CalibrationTable
 from octavo.demo import images
@@ -52,25 +51,6 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[in
         return made
 
     return count
-
-
-@dataclass(frozen=True)
-class Lite0:
-    """EfficientNet-Lite0 and real crops.
-
-    Attributes:
-        module: in float, with its ImageNet weights.
-        exported: as ONNX and as an exported program.
-        path: of the ONNX file.
-        calibration: crops of some photographs, float32 [48, 3, 224, 224].
-        evaluation: crops of others, float32 [32, 3, 224, 224].
-    """
-
-    module: nn.Module
-    exported: TorchExport
-    path: Path
-    calibration: np.ndarray
-    evaluation: np.ndarray
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]

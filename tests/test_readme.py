@@ -115,7 +115,7 @@ def test_what_one_process_does_to_latencies_is_told() -> None:
     shared = results("minilm")["results"]["latency_ms"]["eager, one process"]
     names = "PyTorch float32", "torch quantize_dynamic", "Octavo Int8Dynamic"
     told = (
-        "eager float takes {:.0f} ms, torch's quantize_dynamic, which has one scale a tensor, "
+        "eager float takes {:.0f} ms, torch's quantize_dynamic, which has one scale per tensor, "
         "{:.1f} and `Int8Dynamic` {:.1f}."
     )
     assert told.format(*(shared[name]["p50"] for name in names)) in " ".join(README.split())

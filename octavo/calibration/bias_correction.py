@@ -1,7 +1,7 @@
 """Bias correction: quantization shifts the mean of a layer's output; the bias takes it back.
 
 Empirical correction as in Nagel et al. 2019 (arXiv 1906.04721, appendix D): layer by layer in
-execution order, the quantized model's output mean a channel, with every earlier layer corrected,
+execution order, the quantized model's output mean per channel, with every earlier layer corrected,
 is compared with the float model's on the same samples.
 """
 
@@ -43,10 +43,10 @@ def correct_biases(
         placement: of this graph.
         spec: ranges and equalization; an earlier correction in it is replaced.
         batches: input name -> array, for some calibration samples.
-        progress: shows a step a layer.
+        progress: shows one step per layer.
 
     Returns:
-        name of a layer's output -> correction, a number a channel.
+        name of a layer's output -> correction, one number per channel.
     """
     plain = QuantSpec(spec.activations, spec.equalization, {}, spec.exclude)
     adjusted = adjust_weights(model, placement, plain)
@@ -148,7 +148,7 @@ def _channel_mean(layer: QuantizedLayer, outputs: Sequence[Array]) -> Array:
 
 
 def _channel_sum(layer: QuantizedLayer, output: Array) -> tuple[Array, int]:
-    """Sum over everything but the channel, float64 [channels], and how many values a channel."""
+    """Sum over everything but the channel, float64 [channels], and how many values per channel."""
     axis = _channel_axis(layer, output)
     rest = tuple(index for index in range(output.ndim) if index != axis)
     return output.sum(axis=rest, dtype=np.float64), output.size // output.shape[axis]

@@ -28,12 +28,12 @@ class Batches:
     Args:
         read: gives samples `start` to `stop`, input name -> array.
         samples: how many there are.
-        batch_size: samples a batch; the last one may be smaller.
+        batch_size: samples per batch; the last one may be smaller.
         labels: int64[samples], or None.
 
     Attributes:
         samples: number of samples.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         labels: class of each sample, int64[samples], or None where it is not known.
     """
 
@@ -76,11 +76,11 @@ def load_data(
             - a .npy file, for a model of one input (mapped into memory, not read);
             - a .npz or .safetensors file with an array an input, by name; for a model of one
               input the array may have any name. An array called "labels" becomes `labels`. A
-              .npz file is read into memory, a .safetensors file a batch at a time;
+              .npz file is read into memory, a .safetensors file one batch at a time;
             - a folder of images (see `octavo.calibration.images.ImageFolder`), decoded a batch
               at a time.
         specs: the model's inputs; the first axis of each is the batch.
-        batch_size: samples a batch; a model whose batch axis is fixed gets that length instead,
+        batch_size: samples per batch; a model whose batch axis is fixed gets that length instead,
             and samples that do not fill the last batch are left out with a warning.
         preset: how images are prepared: "imagenet", "efficientnet-lite", "unit" or
             "minus-one-one" (see `octavo.calibration.images.PRESETS`).
@@ -128,7 +128,7 @@ def random_batches(
     Args:
         model: an ONNX model or its path, or the inputs of any model.
         count: number of batches.
-        batch_size: samples a batch, where the batch axis is not fixed.
+        batch_size: samples per batch, where the batch axis is not fixed.
         allow_random: has to be True, to say that the accuracy does not matter.
         seed: of the numbers; the same seed gives the same batches.
 

@@ -35,7 +35,7 @@ def layer_sqnr(
         placement: of this graph without what `spec` excludes, where it is known already.
 
     Returns:
-        one entry a layer, in execution order.
+        one entry per layer, in execution order.
     """
     placement = placement or place(model, spec.exclude)
     adjusted = adjust_weights(model, placement, QuantSpec({}, spec.equalization))

@@ -176,7 +176,7 @@ class WeightEntry(Frozen):
 
     Attributes:
         axis: output-channel axis; None for one scale.
-        scale: one number a channel.
+        scale: one number per channel.
     """
 
     axis: Annotated[int, Field(ge=0, lt=64)] | None

@@ -62,7 +62,7 @@ class Search:
         first: the observer to start with; "minmax" for a full comparison.
         dtype: type of the activations.
         exclude: patterns of nodes kept in float.
-        progress: shows a step a trial.
+        progress: shows one step per trial.
 
     Attributes:
         trials: what was measured, in order.
@@ -209,7 +209,7 @@ class Search:
 def equalization_factors(chain: Chain, statistics: Mapping[str, TensorStatistics]) -> Float32:
     """Factors that bring quiet channels up towards the loudest one; float32 [channels].
 
-    Depthwise consumers have a weight scale a channel and lose nothing, so their channels are
+    Depthwise consumers have a weight scale per channel and lose nothing, so their channels are
     raised all the way; other consumers share a row's scale between channels, and get half of the
     way (in the logarithm). A factor is at most 4. Behind ReLU6 a raised channel saturates at
     6 / factor, so factors leave room above the largest value seen.

@@ -44,7 +44,7 @@ class CalibrationTable(Frozen):
         samples: how many samples were seen.
         tensors: activation name -> entry.
         weights: weight name -> scales.
-        equalization: tensor name -> factor a channel.
+        equalization: tensor name -> factor per channel.
         bias_correction: name of a layer's output -> what is added to its bias.
         exclude: patterns of nodes kept in float.
         inputs: what a module was exported with; empty for an ONNX file.
@@ -69,7 +69,7 @@ class CalibrationTable(Frozen):
         return atomic_write(path, self.dumps())
 
     def dumps(self) -> str:
-        """The table as JSON, a line an entry, so that two tables can be compared as text."""
+        """The table as JSON, one line per entry, so that two tables can be compared as text."""
         fields = []
         for name, value in self.model_dump(mode="json").items():
             text = json.dumps(value)

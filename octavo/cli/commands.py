@@ -163,7 +163,7 @@ def compare(
     a: Annotated[Path, Argument(help="The reference: an engine or .onnx file.")],
     b: Annotated[Path, Argument(help="What is set against it, likewise.")],
     data: Data,
-    labels: Annotated[Path | None, Option(help="A .npy file of classes, one a sample.")] = None,
+    labels: Annotated[Path | None, Option(help="A .npy file of classes, one per sample.")] = None,
     preset: Preset = None,
     batch_size: BatchSize = 16,
     limit: Limit = None,

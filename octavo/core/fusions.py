@@ -47,7 +47,7 @@ class FuseSummary:
         method: how the order of the layers is known: "torch.fx", "torch.export", "recorded" from a
             run on the example inputs, or "nn.Sequential".
         notes: why a better way was not taken, and what holds for the fused model only.
-        fusions: one entry a fused layer.
+        fusions: one entry per fused layer.
         unfused: layers that stay as they are, or in part, and why.
         convolutions: how many convolutions the model calls.
         depthwise: how many of them are depthwise.

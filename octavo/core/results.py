@@ -37,7 +37,7 @@ class TensorSpec:
 
     Attributes:
         name: the tensor's name.
-        shape: one entry an axis; an int is a fixed length, a str names a dynamic axis.
+        shape: one entry per axis; an int is a fixed length, a str names a dynamic axis.
         dtype: numpy's name of the element type ("float32", "int64", ...).
     """
 
@@ -225,7 +225,7 @@ class Report:
         machine: facts about the machine (processor, cores, GPU, versions of packages).
         data: what it was measured on, as short facts.
         baseline: the float model in PyTorch.
-        engines: one row an engine.
+        engines: one row per engine.
         trials: the candidates that calibration compared.
         layer_sqnr: noise layer by layer, in execution order.
         histograms: a few tensors worth looking at.

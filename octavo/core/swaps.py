@@ -35,7 +35,7 @@ class SwapSummary:
     """All layers that could have changed, in the order of `named_modules()`.
 
     Attributes:
-        layers: one entry a layer.
+        layers: one entry per layer.
         bytes_before: of all parameters and buffers of the model that was given.
         bytes_after: of those of the model that was made.
         headline: ends the sentence "3 of 5 ...".

@@ -61,7 +61,7 @@ def run_demo(
         calibration_crops: crops to calibrate on.
         evaluation_crops: crops, of other photographs, to evaluate on.
         progress: where to show progress; by default bars on a terminal.
-        say: gets a line a step.
+        say: gets one line per step.
 
     Returns:
         everything that was measured, and the report to open: HTML, or JSON where the extra
@@ -202,7 +202,7 @@ class _Workbench:
         )
 
     def measure_latency(self) -> None:
-        """Times PyTorch and every engine in turn, each in its own process, one crop a call."""
+        """Times PyTorch and every engine in turn, each in its own process, one crop per call."""
         sample = self.evaluation[:1]
         makers: dict[str, Callable[[], Callable[[], object]]] = {
             EAGER: functools.partial(eager_call, sample, torch.contiguous_format),
@@ -226,7 +226,7 @@ class _Workbench:
                 "network": "EfficientNet-Lite0, 224 x 224, ImageNet weights",
                 "calibration": f"{calibration_crops} crops of {_names(images.CALIBRATION_PHOTOS)}",
                 "evaluation": f"{len(self.evaluation)} crops of {_names(images.EVALUATION_PHOTOS)}",
-                "latency": "one crop a call, each model in its own process, in turn",
+                "latency": "one crop per call, each model in its own process, in turn",
             },
             baseline=baseline,
             engines=tuple(engines),

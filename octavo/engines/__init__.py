@@ -1,4 +1,4 @@
-"""Engines: one file a backend, one protocol, one checked file format."""
+"""Engines: one file per backend, one protocol, one checked file format."""
 
 from octavo.engines.artifact import Artifact, Manifest, read_artifact, write_artifact
 from octavo.engines.backend import (

@@ -1,4 +1,4 @@
-"""The engine cache: one file a key, safe for processes that build the same engine at once."""
+"""The engine cache: one file per key, safe for processes that build the same engine at once."""
 
 from __future__ import annotations
 

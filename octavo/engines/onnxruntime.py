@@ -177,7 +177,7 @@ def _members(model: ir.Model) -> dict[str, bytes]:
 def _describe(
     graph: onnx.GraphProto, reasons: Mapping[str, str], quantized: bool
 ) -> list[LayerInfo]:
-    """One entry a node; a node computes in 8 bits where its tensors are 8 bits wide."""
+    """One entry per node; a node computes in 8 bits where its tensors are 8 bits wide."""
     narrow: set[str] = set()
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     layers = []

@@ -201,7 +201,7 @@ def _tensor(kind: str, spec: TensorSpec, batched: bool) -> str:
     axes = spec.shape[1:] if batched else spec.shape
     dims = ", ".join(str(axis) if isinstance(axis, int) else "-1" for axis in axes)
     text = f"name: {_quote(spec.name)} data_type: {TYPES[spec.dtype]} dims: [ {dims or 1} ]"
-    if not dims and batched:  # the server wants a dimension, the model a bare number a sample
+    if not dims and batched:  # the server wants a dimension, the model a bare number per sample
         text += " reshape: { shape: [ ] }"
     return f"{kind} [ {{ {text} }} ]"
 

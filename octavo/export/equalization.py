@@ -4,8 +4,8 @@ Scaling channel c of the tensor between two layers by k_c, the producer's output
 the consumer's input channel by 1 / k_c leaves the float function as it was, as long as what lies
 between is positively homogeneous (nothing, ReLU) or, for ReLU6, does not saturate (Nagel et al.
 2019, arXiv 1906.04721, section 4.1; Xiao et al. 2022, arXiv 2211.10438, for the migration towards
-activations). Weights have a scale a channel here, so what is worth equalizing is the activation,
-which has one scale for all channels.
+activations). Weights have one scale per channel here, so what is worth equalizing is the
+activation, which has one scale for all channels.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def equalize(model: ir.Model, placement: Placement, factors: Mapping[str, Sequen
     Args:
         model: a float graph.
         placement: of this graph.
-        factors: tensor name -> one positive factor a channel.
+        factors: tensor name -> one positive factor per channel.
 
     Raises:
         InputError: a tensor that cannot be equalized, or a wrong number of factors.

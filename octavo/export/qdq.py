@@ -38,8 +38,8 @@ class QuantSpec:
 
     Attributes:
         activations: tensor name -> how it is quantized; a tensor that is missing stays float.
-        equalization: tensor name -> factor a channel (see `equalization`).
-        bias_correction: name of a layer's output -> what is added to its bias, a number a channel.
+        equalization: tensor name -> factor per channel (see `equalization`).
+        bias_correction: name of a layer's output -> what is added to its bias, per channel.
         exclude: patterns of nodes kept in float.
     """
 

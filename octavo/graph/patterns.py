@@ -194,7 +194,7 @@ def _with_constants(view: GraphView, group: FusionGroup) -> FusionGroup:
 
 
 def _of_channels(view: GraphView, value: Any, group: FusionGroup) -> torch.Tensor | None:
-    """A constant with one number a channel, [N] in float64; None for anything else."""
+    """A constant with one number per channel, [N] in float64; None for anything else."""
     channels, kind = group.conv.weight.shape[0], group.conv.weight.dtype
     if isinstance(value, (int, float)):
         return torch.full((channels,), float(value), dtype=torch.float64)

@@ -38,7 +38,7 @@ class Row:
         samples: how many there are.
         method: how the time was taken.
         tops: 10**12 operations a second.
-        gbs: 10**9 bytes a second, of those that it has to move.
+        gbs: 10**9 bytes per second, of those that it has to move.
         limit_percent: of the practical limit of this device, measured in the same run.
         note: why nothing was timed; or which implementation `auto` took.
     """

@@ -42,7 +42,7 @@ def isolated_latency(
         rounds: how often each gets a block.
         calls_per_round: timed calls in a block.
         warmup: calls of each before the first round, not timed.
-        progress: shows a step a round.
+        progress: shows one step per round.
 
     Returns:
         name -> 20th, 50th and 80th percentile of one call, in milliseconds.

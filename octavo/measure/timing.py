@@ -34,7 +34,7 @@ def interleaved_latency(
         calls_per_round: timed calls in a block.
         warmup: calls of each before the first round, not timed.
         synchronize: waits for the device to finish; called before and after each timed call.
-        progress: shows a step a round.
+        progress: shows one step per round.
 
     Returns:
         name -> 20th, 50th and 80th percentile of one call, in milliseconds.

@@ -93,7 +93,7 @@ def quantize_groups(
     Args:
         weight: floating [N, K].
         bits: of a code.
-        group_size: neighbours that share a scale; None for one scale a row.
+        group_size: neighbours that share a scale; None for one scale per row.
         symmetric: signed values without a zero point.
 
     Raises:

@@ -85,7 +85,7 @@ def signed(qparams: QParams | None) -> tuple[torch.Tensor, int]:
     if not isinstance(qparams.granularity, PerTensor) or qparams.dtype.bits != 8:
         raise InputError(
             f"activations are {qparams.dtype.name} with {qparams.granularity}; a layer takes int8 "
-            "or uint8 with one scale a tensor"
+            "or uint8 with one scale per tensor"
         )
     return qparams.scale, int(qparams.zero_point) - (0 if qparams.dtype.symmetric else UNSIGNED)
 

@@ -28,7 +28,7 @@ class QuantizedWeight(NamedTuple):
     Attributes:
         values: int8 in the shape of the weight; of 4 bits and fewer also packed along the last
             axis, uint8. Unsigned (0 to 2**bits - 1) where there are zero points.
-        scale: float32 []; one a channel [N]; or one a group [..., K / group_size].
+        scale: float32 []; one per channel [N]; or one per group [..., K / group_size].
         zero_point: uint8 in the shape of the scale; None for symmetric weights.
         bias: of the layer, floating [N]; or int32 [N], in units of the accumulator; or None.
         bits: of a value: 8, 4, 3 or 2.
@@ -118,7 +118,7 @@ def quantize_weight(
 
     Args:
         weight: floating, of any shape.
-        axis: output-channel axis for one scale a channel; None for one scale.
+        axis: output-channel axis for one scale per channel; None for one scale.
         bias: floating [channels], with leading axes of length 1 or none; or None.
         input_scale: scale of the layer's input, for a bias in units of the accumulator.
         half_scales: round scales up to what float16 can hold.

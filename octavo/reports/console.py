@@ -35,7 +35,7 @@ __all__ = ["print_comparison", "print_layers", "print_report", "print_trials"]
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints the results: one entry an engine, then the headline and the notes.
+    """Prints the results: one entry per engine, then the headline and the notes.
 
     Args:
         report: what was measured.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Lite0
+from lite0 import Lite0
 
 GROWTH = """
 import resource, sys

@@ -22,7 +22,7 @@ from octavo.layers.convolution.separable import Int8DepthwiseSeparableConv2d
 from octavo.quant import sqnr_db
 
 if TYPE_CHECKING:
-    from conftest import Lite0
+    from lite0 import Lite0
 
 RECIPE = Int8Static("minmax", smooth=None)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import Lite0
+from lite0 import Lite0
 from tiny_graphs import Net as Graph
 from torch import nn
 

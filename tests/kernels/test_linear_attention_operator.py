@@ -193,7 +193,7 @@ def test_steps_that_are_refused(changes: dict[str, Any], message: str) -> None:
     [
         (tokens(1, 2, 1, 8, 8, torch.float64), False, "the kernels have no float64"),
         (tokens(1, 2, 1, 257, 8), False, "heads of 257 and 8 are longer than 256"),
-        (tokens(0, 1, 1 << 19, 16, 8), True, "524288 heads of 16 are 8388608 values a token"),
+        (tokens(0, 1, 1 << 19, 16, 8), True, "524288 heads of 16 are 8388608 values per token"),
     ],
 )
 def test_the_kernels_say_what_they_cannot_take(

@@ -18,7 +18,7 @@ from octavo.quant.weights import QuantizedWeight
 
 FORMS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "depthwise": ((16, 16, 3), {"groups": 16, "padding": 1}),
-    "more than one kernel a channel": ((16, 32, 3), {"groups": 16}),
+    "more than one kernel per channel": ((16, 32, 3), {"groups": 16}),
     "of one channel": ((1, 16, 3), {}),
     "groups": ((32, 32, 3), {"groups": 2, "padding": 1}),
     "k x k": ((16, 20, 3), {"stride": 2}),

@@ -103,7 +103,7 @@ def test_markers_tell_latency_and_sqnr(report: Report) -> None:
     assert figure is not None
     left, right = figure.axes
     medians = [line.get_xdata()[1] for line in left.lines if len(line.get_xdata())]
-    assert medians == [43.2, 6.31, 3.1, 9.0], "one row an engine, the baseline first"
+    assert medians == [43.2, 6.31, 3.1, 9.0], "one row per engine, the baseline first"
     shown = [line.get_xdata()[0] for line in right.lines]
     equal = [value > EQUAL_DB for value in shown]
     assert equal == [True, True, False, True], "what equals float is in the band"

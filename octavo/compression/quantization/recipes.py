@@ -99,7 +99,7 @@ class Int4WeightOnly:
 
     Attributes:
         group_size: neighbouring input channels that share a scale.
-        symmetric: leave the zero points out; smaller by one byte a group, and less accurate.
+        symmetric: leave the zero points out; smaller by one byte per group, and less accurate.
         gptq: use calibration data, where there is some; False rounds to the nearest values.
     """
 

@@ -65,7 +65,7 @@ def depthwise_conv2d(
         dilation: a number or (vertical, horizontal).
         activation: as of `int8_gemm`.
         scale_x: float32 [], of codes.
-        scale_w: float32 [] or, a scale a channel, [C].
+        scale_w: float32 [], or [C] with one scale per channel.
         zero_point: of the codes x, which padding holds.
         out_dtype: float16, bfloat16 or float32; int8 for codes under `out_scale`; int32 for the
             sums of codes alone, which take no scales, bias or activation. None: int8 where

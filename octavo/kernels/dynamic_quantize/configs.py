@@ -10,7 +10,7 @@ from octavo.kernels.common.configs import Config, distinct, power_of_two
 __all__ = ["candidates", "default_config"]
 
 FITS = 16384
-"""Rows up to this length are held in registers, at most 32 values a thread, and read once. A wide
+"""Rows up to this length are held in registers, at most 32 values per thread, and read once. A wide
 program waits for memory once, so even a single row is not split over several programs, which would
 take a second launch. Longer rows, which would spill, are read in blocks, several times, mostly from
 the cache."""

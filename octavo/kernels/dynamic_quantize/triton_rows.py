@@ -43,7 +43,7 @@ def rows_kernel(
 ):  # fmt: skip
     """Codes round(y / scale) of y = x / smooth.
 
-    ROWS whole rows, read once. MODE "token": a scale a row, and codes. "peak": the program's
+    ROWS whole rows, read once. MODE "token": one scale per row, and codes. "peak": the program's
     max|y| to peaks [programs]. "tensor": the scale from peaks [parts], and codes.
     """
     # [ROWS, 1]; rows of the last program beyond M are neither read nor stored

@@ -65,7 +65,7 @@ def int8_conv2d(
         x_q: activations, int8 [B, C, H, W]; any strides, fastest in channels_last.
         w_q: weights, int8 [N, C / groups, kh, kw]; fastest in channels_last.
         scale_x: float32 [].
-        scale_w: float32 [] or, a scale an output channel, [N].
+        scale_w: float32 [], or [N] with one scale per output channel.
         bias: as of `int8_gemm`.
         stride: a number or (vertical, horizontal).
         padding: a number, (vertical, horizontal), (left, right, top, bottom), or "same" as in

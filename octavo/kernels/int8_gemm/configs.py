@@ -138,7 +138,7 @@ def _for_few(m: int, n: int, k: int, processors: int) -> Iterator[Config]:
         config["SWAP"] = swap
         yield _split(config, m, n, k, processors, waves * processors)
     if block_m == 16:
-        # a whole row a program: nothing to add up
+        # a whole row per program: nothing to add up
         yield _config(16, 16, 256, stages=5)
         yield _config(16, 32, 256, stages=5)
         yield _config(16, 32, 512, stages=3)

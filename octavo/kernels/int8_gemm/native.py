@@ -97,7 +97,7 @@ def product(
     Args:
         codes: int8 [..., K].
         w: int8 [N, K].
-        scale_x: float32 of one value or one a row.
+        scale_x: float32 of one value or one per row.
         scale_w: float32 of one value or [N].
         bias: float32 [N].
         activation: as in `schema.int8_gemm`.

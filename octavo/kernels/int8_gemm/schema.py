@@ -41,8 +41,8 @@ def int8_gemm(
     Args:
         x_q: activations, int8 [..., K]; any strides.
         w_q: weights, int8 [N, K]; fastest with contiguous rows, as 8-bit tensor cores want them.
-        scale_x: float32 [] or, a scale a token, [...].
-        scale_w: float32 [] or, a scale an output channel, [N].
+        scale_x: float32 [], or [...] with one scale per token.
+        scale_w: float32 [], or [N] with one scale per output channel.
         bias: floating [N], added after scaling; or int32 [N], added to the accumulators, as
             INT8 engines do it.
         activation: "none", "relu", "relu6", "gelu", "gelu-tanh", "silu" or "hardswish".

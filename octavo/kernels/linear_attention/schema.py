@@ -228,7 +228,7 @@ def _reason(q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: object) -> s
     if longest > MAX_HEAD:
         return f"heads of {q.shape[-1]} and {v.shape[-1]} are longer than {MAX_HEAD}"
     if q.shape[-2] * longest >= MAX_TOKEN:
-        return f"{q.shape[-2]} heads of {longest} are {MAX_TOKEN} values a token or more"
+        return f"{q.shape[-2]} heads of {longest} are {MAX_TOKEN} values per token or more"
     return triton_reason(q, (8, 0))
 
 

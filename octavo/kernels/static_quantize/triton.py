@@ -1,4 +1,4 @@
-"""Triton kernel: one pass, a block of values a program."""
+"""Triton kernel: one pass, a block of values per program."""
 
 # Triton's language only looks like Python:
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs

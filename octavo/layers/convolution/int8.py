@@ -27,8 +27,8 @@ INT8 = torch.iinfo(torch.int8)
 class Int8Conv2d(QuantizedModule):
     """y = activation(conv2d(x, W) + b) + residual, with W and x in int8 and sums in int32.
 
-    Weights are symmetric with a scale an output channel. Activations have one calibrated scale and
-    zero point: x = (q - zero_point) * scale. Codes that a layer leaves, the next one takes.
+    Weights are symmetric with one scale per output channel. Activations have one calibrated scale
+    and zero point: x = (q - zero_point) * scale. Codes that a layer leaves, the next one takes.
 
     The bias is added to the sums, on their grid, as INT8 engines do it. Where codes follow from the
     sums by scaling and saturation alone (no activation, ReLU, or a ReLU6 that ends at the largest

@@ -22,14 +22,14 @@ __all__ = ["Int8Linear", "as_linear", "compute_dtype", "is_linear"]
 class Int8Linear(QuantizedModule):
     """y = activation(x @ W.T + b), with W and x in int8 and sums in int32.
 
-    Weights are symmetric with a scale an output channel. Activations are symmetric: dynamic, with
-    a scale a token found at run time, or static, with one calibrated scale.
+    Weights are symmetric with one scale per output channel. Activations are symmetric: dynamic,
+    with one scale per token found at run time, or static, with one calibrated scale.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether there is one.
-        smooth: whether x is divided by a factor an input channel, which the weights are
+        smooth: whether x is divided by one factor per input channel, which the weights are
             multiplied with (SmoothQuant, arXiv 2211.10438).
         static: whether the scale of x is a calibrated number.
         activation: what follows, as in `octavo.kernels.int8_gemm`.
@@ -100,7 +100,7 @@ class Int8Linear(QuantizedModule):
 
         Args:
             linear: weight [N, K] and bias [N] of any float dtype.
-            smooth: factors an input channel, positive [K].
+            smooth: factors per input channel, positive [K].
             input_scale: scale of x / smooth, positive []; None for a dynamic layer.
             zero_point: the code of 0.0 in a static x.
             activation: what follows the layer.

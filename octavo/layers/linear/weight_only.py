@@ -92,7 +92,7 @@ class WeightOnlyLinear(NarrowWeight):
         in_features: K.
         out_features: N.
         bits: of a weight: 8, 4, 3 or 2.
-        group_size: neighbours along K that share a scale; None for one scale an output channel.
+        group_size: neighbours along K that share a scale; None for one scale per output channel.
         symmetric: whether there are no zero points.
         bias: whether there is one.
         activation: what follows, as in `octavo.kernels.int8_gemm`.

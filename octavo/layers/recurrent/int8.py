@@ -185,10 +185,10 @@ class _Int8Recurrent(QuantizedModule):
 class Int8LSTM(_Int8Recurrent):
     """nn.LSTM with int8 weights, for inference; takes and returns what nn.LSTM does.
 
-    Weights are symmetric with a scale an output channel. A layer's input is quantized with a scale
-    a token, and multiplied in one product for the whole sequence. Hidden states have the scale
-    1/127: no |h| exceeds 1. A first hidden state that was given gets scales of its own. Gates,
-    cell states and all sums are float32; the output has the dtype of the input.
+    Weights are symmetric with one scale per output channel. A layer's input is quantized with one
+    scale per token, and multiplied in one product for the whole sequence. Hidden states have the
+    scale 1/127: no |h| exceeds 1. A first hidden state that was given gets scales of its own.
+    Gates, cell states and all sums are float32; the output has the dtype of the input.
 
     Args:
         input_size: features of the input.
@@ -252,8 +252,8 @@ class Int8LSTM(_Int8Recurrent):
 class Int8GRU(_Int8Recurrent):
     """nn.GRU with int8 weights, for inference; takes and returns what nn.GRU does.
 
-    As `Int8LSTM`, except that hidden states have a scale a sequence, max(1, max|h0|) / 127: a new
-    hidden state lies between the one before it and a tanh.
+    As `Int8LSTM`, except that hidden states have one scale per sequence, max(1, max|h0|) / 127: a
+    new hidden state lies between the one before it and a tanh.
 
     The arguments are those of `Int8LSTM`.
 

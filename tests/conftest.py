@@ -100,8 +100,9 @@ def lite0(once: Once) -> Lite0:
 
 @pytest.fixture(scope="session")
 def demo_folder(once: Once) -> Path:
-    """What `octavo demo` makes, with fewer crops; run once for all workers."""
-    return once("demo", lambda folder: run_demo(folder, calibration_crops=64, evaluation_crops=60))
+    """What `octavo demo` makes, with fewer crops and rounds; run once for all workers."""
+    fewer = {"calibration_crops": 48, "evaluation_crops": 40, "rounds": 6}
+    return once("demo", lambda folder: run_demo(folder, **fewer))
 
 
 @pytest.fixture(scope="session")

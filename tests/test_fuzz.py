@@ -165,7 +165,7 @@ def engine_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "net.octavo"
 
 
-@fuzz(1000)
+@fuzz(500)
 @given(changes=CHANGES)
 def test_tables_with_changed_bytes(table_text: bytes, changes: Any) -> None:
     data = table_text
@@ -174,7 +174,7 @@ def test_tables_with_changed_bytes(table_text: bytes, changes: Any) -> None:
     check_table(data)
 
 
-@fuzz(1700)
+@fuzz(700)
 @given(**EDIT)
 def test_tables_with_changed_values(
     small_table: dict[str, Any], place: int, action: str, value: Any
@@ -198,7 +198,7 @@ def read(path: Path, data: bytes) -> Any:
         return None
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(real=st.booleans(), changes=CHANGES)
 def test_engine_files_with_changed_bytes(engine_file: Path, real: bool, changes: Any) -> None:
     artifact = cnn_artifact() if real else fake_artifact()
@@ -208,7 +208,7 @@ def test_engine_files_with_changed_bytes(engine_file: Path, real: bool, changes:
     assert read(engine_file, data) in (None, artifact)
 
 
-@fuzz(1200)
+@fuzz(500)
 @given(**EDIT)
 def test_engine_files_with_changed_manifests(
     engine_file: Path, place: int, action: str, value: Any

@@ -51,6 +51,7 @@ def run_demo(
     *,
     calibration_crops: int = CALIBRATION_CROPS,
     evaluation_crops: int = EVALUATION_CROPS,
+    rounds: int = 20,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Report, Path]:
@@ -60,6 +61,7 @@ def run_demo(
         folder: where everything goes: engines (.octavo), tables (.json), the report and plots.
         calibration_crops: crops to calibrate on.
         evaluation_crops: crops, of other photographs, to evaluate on.
+        rounds: how often each model is timed, five calls each time.
         progress: where to show progress; by default bars on a terminal.
         say: gets one line per step.
 
@@ -104,7 +106,7 @@ def run_demo(
         bench.add("TensorRT for RTX float16", "tensorrt-rtx", "float16", targets=TARGETS)
     say("Comparing the engines with PyTorch")
     bench.check_parity(placed)
-    bench.measure_latency()
+    bench.measure_latency(rounds)
     say("Writing the report")
     report = bench.report(placed, calibration_crops)
     return report, write_report(report, target, say)
@@ -201,7 +203,7 @@ class _Workbench:
             f"same table, agree {agreement} on {len(samples)} evaluation crops."
         )
 
-    def measure_latency(self) -> None:
+    def measure_latency(self, rounds: int) -> None:
         """Times PyTorch and every engine in turn, each in its own process, one crop per call."""
         sample = self.evaluation[:1]
         makers: dict[str, Callable[[], Callable[[], object]]] = {
@@ -211,7 +213,8 @@ class _Workbench:
         for name in self.engines:
             path = self.folder / f"{slug(name)}.octavo"
             makers[name] = functools.partial(engine_call, path, sample)
-        for name, latency in isolated_latency(makers, progress=self.progress).items():
+        found = isolated_latency(makers, rounds=rounds, progress=self.progress)
+        for name, latency in found.items():
             self.results[name] = replace(self.results[name], latency_ms=latency)
 
     def report(self, placed: Placed, calibration_crops: int) -> Report:

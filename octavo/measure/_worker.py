@@ -13,8 +13,9 @@ def serve(source: IO[bytes], target: IO[bytes]) -> None:
     """Makes a callable, then answers each number with the seconds of so many calls of it.
 
     Args:
-        source: pickles of the parent's sys.path, of what makes the callable, and of the numbers.
-        target: gets a pickled list of seconds a number; or a text, when something failed.
+        source: pickles of the parent's sys.path, of the pickle of what makes the callable (bytes,
+            so that the parent need not wait while it is imported), and of the numbers.
+        target: gets a pickled list of seconds for each number; or a text, when something failed.
     """
 
     def answer(message: object) -> None:
@@ -24,7 +25,7 @@ def serve(source: IO[bytes], target: IO[bytes]) -> None:
     try:
         # from our own parent; the paths come first, so that what makes the callable can be imported
         sys.path[:] = pickle.load(source)  # noqa: S301
-        call = pickle.load(source)()  # noqa: S301
+        call = pickle.loads(pickle.load(source))()  # noqa: S301
         while True:
             seconds = []
             for _ in range(pickle.load(source)):  # noqa: S301

@@ -11,8 +11,9 @@ import contextlib
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import IO
+from collections.abc import Callable, Mapping
+from subprocess import PIPE
+from typing import IO, cast
 
 from octavo.core.errors import InputError, OctavoError
 from octavo.core.progress import NoProgress, Progress
@@ -57,11 +58,13 @@ def isolated_latency(
         )
     shown = progress or NoProgress()
     with contextlib.ExitStack() as stack:
-        workers: dict[str, _Worker] = {}
-        with shown.task("Starting a process a model", len(makers)) as advance:
-            for name, maker in makers.items():
-                workers[name] = stack.enter_context(_worker(name, maker))
-                workers[name].ask(max(warmup, 1))
+        with shown.task("Starting one process per model", len(makers)) as advance:
+            # all at once, as most of a start is importing
+            workers = {name: stack.enter_context(_Worker(name)) for name in makers}
+            for name, worker in workers.items():
+                worker.start(makers[name])
+            for worker in workers.values():
+                worker.ask(max(warmup, 1))
                 advance(1)
         seconds: dict[str, list[float]] = {name: [] for name in makers}
         with shown.task("Measuring latency", rounds) as advance:
@@ -69,23 +72,47 @@ def isolated_latency(
                 for name, worker in workers.items():
                     seconds[name] += worker.ask(1 + calls_per_round)[1:]
                 advance(1)
+        for worker in workers.values():
+            worker.finish()
     return {name: summarize(values) for name, values in seconds.items()}
 
 
 class _Worker:
-    def __init__(self, name: str, pipes: tuple[IO[bytes], IO[bytes]]) -> None:
-        self._name = name
-        self._to, self._from = pipes
+    """A process that makes one callable and times it.
 
-    def send(self, message: object) -> None:
-        pickle.dump(message, self._to)
-        self._to.flush()
+    Args:
+        name: of the model, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        command = [sys.executable, "-m", "octavo.measure._worker"]
+        self._process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.finish()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def start(self, maker: Maker) -> None:
+        """Lets it import what it needs and make its callable."""
+        with contextlib.suppress(BrokenPipeError):  # `ask` says what happened
+            self._send(sys.path)
+            self._send(pickle.dumps(maker))
 
     def ask(self, calls: int) -> list[float]:
         """Seconds of each of so many calls."""
         try:
-            self.send(calls)
-            answer = pickle.load(self._from)  # noqa: S301 - from our own child
+            self._send(calls)
+            answer = pickle.load(cast(IO[bytes], self._process.stdout))  # noqa: S301 - our own child
         except (EOFError, BrokenPipeError) as error:
             raise OctavoError(
                 f"the process that measures {self._name!r} ended early; its own message is above"
@@ -95,28 +122,13 @@ class _Worker:
         seconds: list[float] = answer
         return seconds
 
+    def finish(self) -> None:
+        """Tells it that there is nothing more to read, at which it ends."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
 
-@contextlib.contextmanager
-def _worker(name: str, maker: Maker) -> Iterator[_Worker]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "octavo.measure._worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    if process.stdin is None or process.stdout is None:
-        raise OctavoError("a process without pipes")  # Popen makes them
-    try:
-        worker = _Worker(name, (process.stdin, process.stdout))
-        with contextlib.suppress(BrokenPipeError):  # `ask` says what happened
-            worker.send(sys.path)
-            worker.send(maker)
-        yield worker
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # the worker ends when there is nothing more to read
-        process.stdout.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    def _send(self, message: object) -> None:
+        pipe = cast(IO[bytes], self._process.stdin)
+        pickle.dump(message, pipe)
+        pipe.flush()

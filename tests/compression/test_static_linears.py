@@ -47,6 +47,11 @@ def engine_output(model: nn.Module, table: CalibrationTable, inputs: Any) -> tor
     return torch.as_tensor(engine(*inputs))
 
 
+@pytest.fixture(scope="module")
+def table() -> CalibrationTable:
+    return octavo.calibrate(Mlp().eval(), batches(), observer="minmax", verbose=False)
+
+
 @pytest.mark.parametrize("names", [False, True], ids=["positional", "by name"])
 @torch.no_grad()
 def test_layers_compute_what_the_engine_computes(names: bool, tmp_path: Path) -> None:
@@ -75,15 +80,14 @@ def test_layers_compute_what_the_engine_computes(names: bool, tmp_path: Path) ->
 
 
 @torch.no_grad()
-def test_what_hangs_on_a_layer_in_float_is_refused() -> None:
+def test_what_hangs_on_a_layer_in_float_is_refused(table: CalibrationTable) -> None:
     model = Mlp().eval()
-    table = octavo.calibrate(
+    equalized = octavo.calibrate(
         model, batches(), observer="minmax", equalization=True, bias_correction=False, verbose=False
     )
     with pytest.raises(CalibrationError, match="around 'down', which stays in float"):
-        octavo.quantize(model, Int8Static(), table, exclude=["down"], verbose=False)
-    plain = octavo.calibrate(model, batches(), observer="mse", verbose=False)
-    made = octavo.quantize(model, Int8Static(), plain, exclude=["down"], verbose=False)
+        octavo.quantize(model, Int8Static(), equalized, exclude=["down"], verbose=False)
+    made = octavo.quantize(model, Int8Static(), table, exclude=["down"], verbose=False)
     assert reasons(made) == {"down": "excluded", "last": "too small to gain: 10 x 192 weights"}
     inputs = batches(1, seed=5)[0]
     assert sqnr_db(model(*inputs), made(*inputs)) > 28
@@ -109,10 +113,9 @@ def test_a_transformer_and_its_other_layers() -> None:
     assert sqnr_db(model(ids[0]), made(ids[0])) > 25
 
 
-def test_a_table_without_inputs_needs_an_example() -> None:
+def test_a_table_without_inputs_needs_an_example(table: CalibrationTable) -> None:
     """As Octavo 0.1 wrote them."""
     model = Mlp().eval()
-    table = octavo.calibrate(model, batches(), observer="minmax", verbose=False)
     old = table.model_copy(update={"inputs": {}})
     with pytest.raises(InputError, match="needs example_inputs to be exported"):
         octavo.quantize(model, Int8Static(), old, verbose=False)
@@ -131,11 +134,11 @@ def test_a_table_without_inputs_needs_an_example() -> None:
     ],
     ids=str,
 )
-def test_recipes_that_a_table_does_not_serve(recipe: Any, message: str) -> None:
-    model = Mlp().eval()
-    table = octavo.calibrate(model, batches(), observer="minmax", verbose=False)
+def test_recipes_that_a_table_does_not_serve(
+    recipe: Any, message: str, table: CalibrationTable
+) -> None:
     with pytest.raises(InputError, match=message):
-        octavo.quantize(model, recipe, table, verbose=False)
+        octavo.quantize(Mlp().eval(), recipe, table, verbose=False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from lite0 import Lite0
 
 from octavo.calibration import CalibrationTable
 from octavo.demo import images
-from octavo.demo.run import run_demo
 from octavo.export import TorchExport, export_torch, load_onnx, save_onnx
 from octavo.kernels.dispatch.operator import forget_plans
 from octavo.kernels.native import library as native
@@ -100,9 +101,16 @@ def lite0(once: Once) -> Lite0:
 
 @pytest.fixture(scope="session")
 def demo_folder(once: Once) -> Path:
-    """What `octavo demo` makes, with fewer crops and rounds; run once for all workers."""
-    fewer = {"calibration_crops": 48, "evaluation_crops": 40, "rounds": 6}
-    return once("demo", lambda folder: run_demo(folder, **fewer))
+    """What `octavo demo` makes, with fewer crops and rounds; run once, as users do it."""
+    call = "run_demo(sys.argv[1], calibration_crops=48, evaluation_crops=40, rounds=6)"
+    code = f"import sys; from octavo.demo.run import run_demo; {call}"
+
+    def make(folder: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, str(folder)]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    return once("demo", make)
 
 
 @pytest.fixture(scope="session")

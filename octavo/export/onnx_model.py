@@ -153,8 +153,10 @@ def serialize(model: ir.Model) -> bytes:
             f"the model has {size_bytes(model):,} bytes of weights, more than one protobuf file "
             "can hold; save it with external data"
         )
-    inline = ir.external_data.load_to_model(model.clone())
-    message: bytes = ir.to_proto(inline).SerializeToString(deterministic=True)
+    values = model.graph.initializers.values()
+    if any(isinstance(value.const_value, ir.ExternalTensor) for value in values):
+        model = ir.external_data.load_to_model(model.clone())
+    message: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return message
 
 

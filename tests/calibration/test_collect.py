@@ -168,7 +168,7 @@ MEMORY = """
 import resource, sys
 import numpy as np
 from tiny_graphs import Net
-from octavo.calibration import OnnxCollector
+from octavo.calibration import CalibrationOptions, calibrate_graph
 from octavo.export import load_onnx
 
 net = Net(x=["n", 3, 128, 128])
@@ -176,14 +176,11 @@ y = "x"
 for cin, cout in ((3, 16), (16, 16), (16, 16)):
     y = net.op("Relu", net.conv(y, cout, cin))
 model = load_onnx(net.build(net.op("GlobalAveragePool", y)))
-names = [value.name for node in model.graph for value in node.outputs]
 batch = np.random.default_rng(0).normal(size=(16, 3, 128, 128)).astype(np.float32)
 
 def peak(samples):
-    with OnnxCollector(model, names) as collector:
-        for _ in range(0, samples, 16):
-            collector.update(batch)
-    assert collector.statistics[y].count == samples * 16 * 128 * 128
+    batches = (batch for _ in range(0, samples, 16))
+    assert calibrate_graph(model, batches, CalibrationOptions("mse")).samples == samples
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 first = peak(32)

@@ -128,16 +128,17 @@ every_graph = pytest.mark.parametrize("name", GRAPHS)
 
 
 @every_graph
-@every_form
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_not_a_bit_changes(name: str, form: KernelDtypes, dtype: str) -> None:
+def test_not_a_bit_changes(name: str, dtype: str) -> None:
     _, portable, _ = quantized(GRAPHS[name], dtype=dtype, shrink=0.8)
-    lowered = lower_for_onnxruntime(portable.model, form).model
-    onnx.checker.check_model(ir.to_proto(lowered), full_check=True)
-    for seed in range(3):
-        feeds = feeds_for(portable.model, seed=seed, batch=3, scale=1 + seed)
-        for want, have in zip(run(portable.model, feeds), run(lowered, feeds), strict=True):
-            np.testing.assert_array_equal(have, want)
+    feeds = [feeds_for(portable.model, seed=seed, batch=3, scale=1 + seed) for seed in range(3)]
+    wanted = [run(portable.model, one) for one in feeds]
+    for form in FORMS:
+        lowered = lower_for_onnxruntime(portable.model, form).model
+        onnx.checker.check_model(ir.to_proto(lowered), full_check=True)
+        for one, results in zip(feeds, wanted, strict=True):
+            for want, have in zip(results, run(lowered, one), strict=True):
+                np.testing.assert_array_equal(have, want, err_msg=str(form))
 
 
 def codes_apart(portable: ir.Model, lowered: ir.Model, feeds: dict[str, Any]) -> np.ndarray:

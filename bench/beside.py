@@ -40,28 +40,30 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for _ in range(given.times):
+    rows: list[dict[str, Any]] = []
+    for turn in range(1, given.times + 1):
         for name in given.benchmarks:
             for side, root in (("other", given.checkout.resolve()), ("ours", ROOT)):
                 options = ["--rounds", str(given.rounds)] if name in ROUNDS else []
                 for what, value in measured(name, root, options).items():
                     sides = found.setdefault(name, {}).setdefault(what, {"other": [], "ours": []})
                     sides[side].append(value)
-                print(f"{name}: {side}", file=sys.stderr, flush=True)
-    rows = [row for name, figures in found.items() for row in compared(name, figures)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        cwd=given.checkout,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    print(write_results("beside", {"other": commit, "times": given.times, "rows": rows}))
+            rows = [row for one, figures in found.items() for row in compared(one, figures)]
+            results = {"other": commit_of(given.checkout), "turns": turn, "rows": rows}
+            path = write_results("beside", results)  # after each, as all of them take an hour
+    print(path)
     for row in rows:
         mark = "BROKEN" if row["broken"] else ""
         text = f"{row['other']:10.4g} {row['ours']:10.4g} {row['unit']} {row['ratio']:6.3f} {mark}"
         print(f"{row['benchmark']:10} {row['what']:70} {text}")
     return int(any(row["broken"] for row in rows))
+
+
+def commit_of(checkout: Path) -> str:
+    """Its commit, in short."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def measured(name: str, root: Path, options: list[str]) -> dict[str, float]:

@@ -103,7 +103,9 @@ def test_narrow_floats(dtype: torch.dtype, product: str) -> None:
 
 
 @in_c
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 16, 3), (7, 33, 64), (64, 70, 512)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (3, 16, 3), (7, 33, 64), (64, 70, 512), (700, 33, 96)]
+)
 def test_one_call_of_c_has_the_bits_of_two(m: int, n: int, k: int) -> None:
     random, weight = torch.Generator().manual_seed(m), weight_of(n, k)
     x = torch.randn(m, k, generator=random)
@@ -199,15 +201,12 @@ def test_what_one_call_of_c_leaves_to_two() -> None:
     assert native.reason(x, weight._replace(bias=weight.bias.half()), "none") == floats
     assert native.reason(x[:0], weight, "none") == "there is nothing to multiply"
     assert native.reason(x.to("meta"), weight, "none") == "the tensors are on meta"
-    many = torch.randn(native.MOST // 65 + 1, 65)
-    reason = f"inputs of more than {native.MOST} values are worth two calls"
-    assert native.reason(many, weight, "none") == reason
-    close(int8_linear(many, weight), by_operators(many, weight))
+    close(int8_linear(x.half(), weight), by_operators(x.half(), weight), torch.float16)
     decision = explain("int8_linear")
     assert decision.implementation == "two-kernel"
-    assert decision.reasons == (("native", reason),)
-    with pytest.raises(UnsupportedError, match=f"cannot run this: {reason}; use backend 'auto'"):
-        int8_linear(many, weight, backend="native")
+    assert decision.reasons == (("native", floats),)
+    with pytest.raises(UnsupportedError, match=f"cannot run this: {floats}; use backend 'auto'"):
+        int8_linear(x.half(), weight, backend="native")
 
 
 def test_without_c_it_is_two_calls(without_native: None) -> None:

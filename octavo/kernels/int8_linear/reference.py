@@ -1,4 +1,4 @@
-"""The two operators, one after the other: what is run for large inputs and on a GPU."""
+"""The two operators, one after the other: what is run without C and on a GPU."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def int8_linear(
         x: float16, bfloat16 or float32 [..., K]; any strides.
         weight: symmetric int8 [N, K], with scales [N] and a floating bias or none.
         activation: as in `octavo.kernels.int8_gemm`.
-        backend: "auto", "native" (one call of C, for CPUs with AVX-512 VNNI and inputs of few
-            values) or "two-kernel" (`dynamic_quantize`, then `int8_gemm`); see `octavo.kernels`.
+        backend: "auto", "native" (one call of C, for CPUs with AVX-512 VNNI) or "two-kernel"
+            (`dynamic_quantize`, then `int8_gemm`); see `octavo.kernels`.
 
     Returns:
         [..., N] of the dtype of x.

@@ -28,7 +28,6 @@ MOST_PLANS = 4096
 """Kinds of calls that an operator remembers; models with many lengths of sequences have many."""
 Plan = tuple[Callable[..., Any], Decision]
 """What runs a kind of call, and what to tell of it."""
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SIMPLE = {
     torch.Tensor: "Tensor",
     torch.dtype: "ScalarType",
@@ -278,21 +277,22 @@ def _describe(values: Sequence[Any], key: list[object], gradients: bool, strided
     """
     for value in values:
         kind = type(value)
-        if kind in _PLAIN:
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
             if (gradients and value.requires_grad) or value.is_neg():
                 return False
-            device = value.device
-            key += (value.shape, value.dtype, device)
-            if strided or device.type != "cpu":
+            key += (value.shape, value.dtype, value.device)
+            if strided or not value.is_cpu:
                 if value.is_meta:
                     return False
                 key.append(value.stride())
-        elif isinstance(value, torch.Tensor):
-            return False
+        elif value is None or kind is str or kind is int:
+            key.append(value)
         elif isinstance(value, (tuple, list)):
             key.append(len(value))
             if not _describe(value, key, gradients, strided):
                 return False
+        elif isinstance(value, torch.Tensor):
+            return False
         else:
             key.append(value)
     return True

@@ -1,24 +1,27 @@
 """This commit beside another one: are models slower, and what do layers cost outside their C?
 
-    python -m bench beside CHECKOUT [--times 3] [--rounds 5] [minilm mobilenet recurrent overhead]
+    python -m bench beside CHECKOUT [--turns 3] [--only minilm mobilenet recurrent overhead]
 
-Runs benchmarks of this folder here and in another checkout of Octavo, in turn, with one Python, on
-one machine. Median latencies of all runs go into results/beside.json, with the ratio of the two;
-what neither checkout computes itself (PyTorch, ONNX Runtime) shows how far figures can be trusted.
-Returns 1 where a model of ours takes more than 1.05 times as long, or where Python around a small
-layer does not take at least 15 % less.
+What `python -m bench minilm`, `mobilenet` (one picture a call) and `recurrent` time is timed here
+and in another checkout of Octavo that has these benchmarks, with one Python. The two processes of a
+model work in turn, call by call, so that a machine that slows down slows both; each of the turns
+starts new ones, the other first. Medians of all turns go into results/beside.json, with the ratio
+of the two; models of PyTorch alone show how far ratios can be trusted. The INT8 files of the
+networks are made by the other checkout. Returns 1 where a model of ours takes more than 1.05 times
+as long, or where Python around a small layer does not take at least 15 % less.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,93 +29,163 @@ from bench.results_file import write_results
 
 ROOT = Path(__file__).parent.parent
 SLOWER, LESS = 1.05, 0.85
-BENCHMARKS = ("minilm", "mobilenet", "recurrent", "overhead")
-ROUNDS = ("minilm", "mobilenet")
-"""Those whose number of rounds is set here."""
+BENCHMARKS = ("overhead", "minilm", "mobilenet", "recurrent")
+ROUNDS, CALLS, WARMUP = 10, 4, 4
+Case = tuple[str, str, list[Any]]
+"""Name, the function that makes what is timed, and its arguments."""
 
 
 def main() -> int:
     """Runs the comparison; 1 if something is slower."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("benchmarks", nargs="*", default=list(BENCHMARKS), metavar="BENCHMARK")
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    rows: list[dict[str, Any]] = []
-    for turn in range(1, given.times + 1):
-        for name in given.benchmarks:
-            for side, root in (("other", given.checkout.resolve()), ("ours", ROOT)):
-                options = ["--rounds", str(given.rounds)] if name in ROUNDS else []
-                for what, value in measured(name, root, options).items():
-                    sides = found.setdefault(name, {}).setdefault(what, {"other": [], "ours": []})
-                    sides[side].append(value)
-            rows = [row for one, figures in found.items() for row in compared(one, figures)]
-            results = {"other": commit_of(given.checkout), "turns": turn, "rows": rows}
-            path = write_results("beside", results)  # after each, as all of them take an hour
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=BENCHMARKS, choices=BENCHMARKS)
+    asked = parser.parse_args()
+    # results name the command, and nobody's folders
+    sys.argv = ["CHECKOUT" if one == str(asked.checkout) else one for one in sys.argv]
+    roots = {"other": asked.checkout.resolve(), "ours": ROOT}
+    runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "mobilenet" in asked.only:
+            _prepare(roots["other"], folder)
+        for turn in range(1, asked.turns + 1):
+            for name, what, figures in _turn(asked.only, roots, folder):
+                runs.setdefault((name, what), []).append(figures)
+                print(f"{turn} {name} {what}: {figures[1] / figures[0]:.3f}", flush=True)
+            rows = [_row(*key, figures) for key, figures in runs.items()]
+            results = {"other": _commit(roots["other"]), "turns": turn, "rows": rows}
+            path = write_results("beside", results)
     print(path)
     for row in rows:
-        mark = "BROKEN" if row["broken"] else ""
-        text = f"{row['other']:10.4g} {row['ours']:10.4g} {row['unit']} {row['ratio']:6.3f} {mark}"
-        print(f"{row['benchmark']:10} {row['what']:70} {text}")
+        text = f"{row['other']:9.4g} {row['ours']:9.4g} {row['unit']} {row['ratio']:6.3f}"
+        print(f"{row['benchmark']:10} {row['what']:58} {text} {'BROKEN' * row['broken']}")
     return int(any(row["broken"] for row in rows))
 
 
-def commit_of(checkout: Path) -> str:
-    """Its commit, in short."""
+def _turn(
+    only: Sequence[str], roots: dict[str, Path], folder: str
+) -> Iterator[tuple[str, str, tuple[float, float]]]:
+    for name in only:
+        if name == "overhead":
+            other, ours = (_overhead(root) for root in roots.values())
+            yield from ((name, what, (other[what], ours[what])) for what in other)
+            continue
+        for what, function, given in CASES[name](folder):
+            yield name, what, _both(roots, [f"bench.{name}", function, given])
+
+
+def _minilm(_folder: str) -> Iterator[Case]:
+    for form, compiled in (
+        ("PyTorch float32", False),
+        ("Octavo Int8Dynamic", False),
+        ("Octavo Int8Dynamic", True),
+    ):
+        yield form + ", compiled" * compiled, "model_call", [form, compiled]
+
+
+def _mobilenet(folder: str) -> Iterator[Case]:
+    for network in ("EfficientNet-Lite0", "MobileNetV2"):
+        for form in ("PyTorch eager", "Octavo fuse", "Octavo INT8", "Octavo INT8, compiled"):
+            given = [network, form, f"path:{folder}", 1, "cpu"]
+            yield f"{network}: {form}", "torch_call", given
+        path = f"path:{folder}/{network} int8.octavo"
+        yield f"{network}: Octavo engine for ONNX Runtime", "engine_call", [path, 1]
+
+
+def _recurrent(_folder: str) -> Iterator[Case]:
+    cases = itertools.product(("LSTM", "GRU"), (256, 512, 1024), (1, 8, 32), (False, True))
+    for kind, hidden, batch, both in cases:
+        what = f"Octavo {kind}, hidden {hidden}, batch {batch}, directions {1 + both}"
+        yield what, "layer_call", [kind, hidden, batch, both, "octavo", 2]
+
+
+CASES: dict[str, Callable[[str], Iterator[Case]]] = {
+    "minilm": _minilm,
+    "mobilenet": _mobilenet,
+    "recurrent": _recurrent,
+}
+
+
+def _both(roots: dict[str, Path], case: list[Any]) -> tuple[float, float]:
+    """Median milliseconds of a call in both checkouts."""
+    command = [sys.executable, str(ROOT / "bench" / "beside_worker.py"), json.dumps(case)]
+    workers = [
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for root in roots.values()
+    ]
+    try:
+        for worker in workers:
+            _ask(worker, WARMUP)
+        seconds: list[list[float]] = [[], []]
+        for _ in range(ROUNDS):
+            for worker, found in zip(workers, seconds, strict=True):
+                found += _ask(worker, 1 + CALLS)[1:]
+    finally:
+        for worker in workers:
+            worker.communicate()
+    other, ours = (statistics.median(found) * 1e3 for found in seconds)
+    return other, ours
+
+
+def _ask(worker: subprocess.Popen[str], calls: int) -> list[float]:
+    if worker.stdin is None or worker.stdout is None:
+        raise RuntimeError("a process without pipes")  # Popen makes them
+    worker.stdin.write(f"{calls}\n")
+    worker.stdin.flush()
+    seconds: list[float] = json.loads(worker.stdout.readline())
+    return seconds
+
+
+def _overhead(root: Path) -> dict[str, float]:
+    """Microseconds outside C of each layer, on the Octavo of a checkout."""
+    command = [sys.executable, str(ROOT / "bench" / "overhead.py")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def _prepare(root: Path, folder: str) -> None:
+    """Lets a checkout make the INT8 files of the networks."""
+    code = (
+        "import sys; from pathlib import Path; from bench import mobilenet; "
+        "[mobilenet._prepare(name, Path(sys.argv[1])) for name in mobilenet.NETWORKS]"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code, folder]
+    subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
+
+
+def _commit(root: Path) -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def measured(name: str, root: Path, options: list[str]) -> dict[str, float]:
-    """The figures of one run of a benchmark, on the Octavo of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    if name == "overhead":  # which the other checkout need not have
-        command = [sys.executable, str(ROOT / "bench" / "overhead.py")]
-        done = subprocess.run(
-            command, cwd=root, env=environment, check=True, capture_output=True, text=True
-        )
-        figures: dict[str, float] = json.loads(done.stdout)
-        return figures
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench", name, "--out", folder, *options]
-        subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True)
-        document = json.loads((Path(folder) / f"{name}.json").read_text())
-    return dict(medians(document["results"]))
-
-
-def medians(results: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """Name and milliseconds of every median in a benchmark's results."""
-    if isinstance(results, list):
-        for one in results:
-            kind = [f"{key} {one[key]}" for key in ("layer", "hidden", "batch", "directions")]
-            yield from medians(one, (*path, *kind)) if "octavo" in one else ()
-        return
-    for key, value in results.items():
-        if key in ("p50", "p50_ms"):
-            yield ", ".join(path), value
-        elif isinstance(value, (dict, list)) and key != "batch 32" and key != "trained":
-            yield from medians(value, (*path, key))
-
-
-def compared(name: str, figures: dict[str, dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
-    """One row per figure; latency in milliseconds, overhead in microseconds."""
-    most = LESS if name == "overhead" else SLOWER
-    for what, sides in figures.items():
-        other, ours = (statistics.median(sides[side]) for side in ("other", "ours"))
-        own = name == "overhead" or "octavo" in what.lower()
-        yield {
-            "benchmark": name,
-            "what": what,
-            "unit": "us" if name == "overhead" else "ms",
-            "other": other,
-            "ours": ours,
-            "ratio": ours / other,
-            "broken": own and ours / other > most,
-            "runs": sides,
-        }
+def _row(name: str, what: str, runs: list[tuple[float, float]]) -> dict[str, Any]:
+    """One figure: medians of the turns; latency in milliseconds, overhead in microseconds."""
+    other, ours = (statistics.median(values) for values in zip(*runs, strict=True))
+    ratio = statistics.median(mine / theirs for theirs, mine in runs)
+    own = name == "overhead" or what.find("Octavo") >= 0
+    return {
+        "benchmark": name,
+        "what": what,
+        "unit": "us" if name == "overhead" else "ms",
+        "other": other,
+        "ours": ours,
+        "ratio": ratio,
+        "broken": own and ratio > (LESS if name == "overhead" else SLOWER),
+        "runs": runs,
+    }
 
 
 if __name__ == "__main__":

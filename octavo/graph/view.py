@@ -77,13 +77,13 @@ class GraphView:
         origins = {self._origin(one) for one in reads}
         last, node = max(nodes), min(nodes).next
         while node is not last and node.op != "root":
-            written = self._written(node)
+            written = self.written(node)
             if node not in nodes and written is not None and self._origin(written) in origins:
                 return True
             node = node.next
         return False
 
-    def _written(self, node: fx.Node) -> fx.Node | None:
+    def written(self, node: fx.Node) -> fx.Node | None:
         """The node whose memory a node may write into."""
         if not node.args or not isinstance(node.args[0], fx.Node):
             return None

@@ -71,8 +71,17 @@ def test_parallel_convolutions_with_norms_written_out_are_one() -> None:
         lambda m, x: 1 - m.bn(m.conv(x)),
         lambda m, x: torch.add(m.bn(m.conv(x)), m.gain.gamma, alpha=2),
         lambda m, x: m.bn(m.conv(x)) * m.wide.gamma.mean(),
+        lambda m, x: (m.gain.gamma.copy_(m.gain.gamma), m.bn(m.conv(x)) * m.gain.gamma)[1],
     ],
-    ids=["of pixels", "computed", "two readers", "turned round", "alpha", "another function"],
+    ids=[
+        "of pixels",
+        "computed",
+        "two readers",
+        "turned round",
+        "alpha",
+        "another function",
+        "written to",
+    ],
 )
 def test_what_is_no_constant_of_channels_stays(code: Callable[..., torch.Tensor]) -> None:
     gains = {"gain": Gain(1, 8, 1, 1), "plane": Gain(8, 1), "wide": Gain(8)}

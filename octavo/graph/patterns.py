@@ -208,9 +208,10 @@ def _of_channels(view: GraphView, value: Any, group: FusionGroup) -> torch.Tenso
 
 def _computed(view: GraphView, node: fx.Node) -> torch.Tensor | None:
     """What a node computes from the model's own tensors alone; None where it reads others."""
-    if any(view.written(user) is node for user in node.users):
-        return None
     if node.op == "get_attr":
+        same = (one for one in view.graph.nodes if (one.op, one.target) == (node.op, node.target))
+        if any(view.written(user) is one for one in same for user in one.users):
+            return None
         holder, _, attribute = str(node.target).rpartition(".")
         found = getattr(view.root.get_submodule(holder), attribute)
         return found.detach() if isinstance(found, torch.Tensor) else None

@@ -87,7 +87,10 @@ def test_what_is_no_constant_of_channels_stays(code: Callable[..., torch.Tensor]
     gains = {"gain": Gain(1, 8, 1, 1), "plane": Gain(8, 1), "wide": Gain(8)}
     model = made(code, **gains)
     x = torch.randn(2, 8, 8, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    assert patterns(check(model, x)[1]) == ["convolution + BN"]
+    fused, summary = check(model, x)
+    assert patterns(summary) == ["convolution + BN"]
+    layer = next(node for node in fused.graph.nodes if node.op == "call_module")
+    assert "output" not in {reader.op for reader in layer.users}, "what follows is still there"
 
 
 def test_a_constant_of_a_wider_type_stays() -> None:

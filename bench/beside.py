@@ -1,14 +1,15 @@
 """This commit beside another one: are models slower, and what do layers cost outside their C?
 
-    python -m bench beside CHECKOUT [--turns 3] [--only minilm mobilenet recurrent overhead]
+    python -m bench beside CHECKOUT [--turns 4] [--only minilm mobilenet recurrent overhead]
 
 What `python -m bench minilm`, `mobilenet` (one picture a call) and `recurrent` time is timed here
 and in another checkout of Octavo that has these benchmarks, with one Python. The two processes of a
 model work in turn, call by call, so that a machine that slows down slows both; each of the turns
-starts new ones, the other first. Medians of all turns go into results/beside.json, with the ratio
-of the two; models of PyTorch alone show how far ratios can be trusted. The INT8 files of the
-networks are made by the other checkout. Returns 1 where a model of ours takes more than 1.05 times
-as long, or where Python around a small layer does not take at least 15 % less.
+starts new ones, and the other one of them first (what starts second is a little slower). Medians of
+all turns go into results/beside.json, with the ratio of the two; models of PyTorch alone show how
+far ratios can be trusted. The INT8 files of the networks are made by the other checkout. Returns 1
+where a model of ours takes more than 1.05 times as long, or where Python around a small layer does
+not take at least 15 % less. With --only, the rows of other benchmarks stay as they are.
 """
 
 from __future__ import annotations
@@ -39,22 +40,24 @@ def main() -> int:
     """Runs the comparison; 1 if something is slower."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--only", nargs="+", default=BENCHMARKS, choices=BENCHMARKS)
     asked = parser.parse_args()
     # results name the command, and nobody's folders
     sys.argv = ["CHECKOUT" if one == str(asked.checkout) else one for one in sys.argv]
     roots = {"other": asked.checkout.resolve(), "ours": ROOT}
+    before = _rows_before(_commit(roots["other"]))
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "mobilenet" in asked.only:
             _prepare(roots["other"], folder)
         for turn in range(1, asked.turns + 1):
-            for name, what, figures in _turn(asked.only, roots, folder):
+            for name, what, figures in _turn(asked.only, roots, folder, ours_first=turn % 2 == 0):
                 runs.setdefault((name, what), []).append(figures)
                 print(f"{turn} {name} {what}: {figures[1] / figures[0]:.3f}", flush=True)
             rows = [_row(*key, figures) for key, figures in runs.items()]
-            results = {"other": _commit(roots["other"]), "turns": turn, "rows": rows}
+            kept = [row for row in before if row["benchmark"] not in asked.only]
+            results = {"other": _commit(roots["other"]), "rows": [*kept, *rows]}
             path = write_results("beside", results)
     print(path)
     for row in rows:
@@ -63,8 +66,15 @@ def main() -> int:
     return int(any(row["broken"] for row in rows))
 
 
+def _rows_before(other: str) -> list[dict[str, Any]]:
+    """Rows of an earlier run beside the same commit: those that are not measured again stay."""
+    path = ROOT / "bench" / "results" / "beside.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    return list(results["rows"]) if results.get("other") == other else []
+
+
 def _turn(
-    only: Sequence[str], roots: dict[str, Path], folder: str
+    only: Sequence[str], roots: dict[str, Path], folder: str, *, ours_first: bool
 ) -> Iterator[tuple[str, str, tuple[float, float]]]:
     for name in only:
         if name == "overhead":
@@ -72,7 +82,8 @@ def _turn(
             yield from ((name, what, (other[what], ours[what])) for what in other)
             continue
         for what, function, given in CASES[name](folder):
-            yield name, what, _both(roots, [f"bench.{name}", function, given])
+            case = [f"bench.{name}", function, given]
+            yield name, what, _both(roots, case, ours_first=ours_first)
 
 
 def _minilm(_folder: str) -> Iterator[Case]:
@@ -107,33 +118,32 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
 }
 
 
-def _both(roots: dict[str, Path], case: list[Any]) -> tuple[float, float]:
+def _both(roots: dict[str, Path], case: list[Any], *, ours_first: bool) -> tuple[float, float]:
     """Median milliseconds of a call in both checkouts."""
     command = [sys.executable, str(ROOT / "bench" / "beside_worker.py"), json.dumps(case)]
-    workers = [
-        subprocess.Popen(
+    workers = {
+        name: subprocess.Popen(
             command,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
+            cwd=roots[name],
+            env={**os.environ, "PYTHONPATH": str(roots[name])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        for root in roots.values()
-    ]
+        for name in (("ours", "other") if ours_first else ("other", "ours"))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
     try:
-        for worker in workers:
+        for worker in workers.values():
             _ask(worker, WARMUP)
-        seconds: list[list[float]] = [[], []]
         for _ in range(ROUNDS):
-            for worker, found in zip(workers, seconds, strict=True):
-                found += _ask(worker, 1 + CALLS)[1:]
+            for name, worker in workers.items():
+                seconds[name] += _ask(worker, 1 + CALLS)[1:]
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.communicate()
-    other, ours = (statistics.median(found) * 1e3 for found in seconds)
-    return other, ours
+    return statistics.median(seconds["other"]) * 1e3, statistics.median(seconds["ours"]) * 1e3
 
 
 def _ask(worker: subprocess.Popen[str], calls: int) -> list[float]:
@@ -183,6 +193,7 @@ def _row(name: str, what: str, runs: list[tuple[float, float]]) -> dict[str, Any
         "other": other,
         "ours": ours,
         "ratio": ratio,
+        "commit": _commit(ROOT),
         "broken": own and ratio > (LESS if name == "overhead" else SLOWER),
         "runs": runs,
     }

@@ -15,6 +15,7 @@ import torch
 from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.native.library import INT, POINTER, SIZE, Library, pointer, threads_for
+from octavo.kernels.native.memory import new_result
 from octavo.kernels.recurrent.weights import QMAX, Derived, Inputs, gate_panels
 
 __all__ = ["gru_steps", "lstm_steps", "reason"]
@@ -67,8 +68,8 @@ def _run(
     """Hidden states, and each row's last one; the cell state is updated, and None of a GRU."""
     count, (directions, batch, size) = len(inputs.codes), inputs.state_shape
     sizes = None if inputs.sizes is None else inputs.sizes.contiguous()
-    new, zeros = inputs.scale.new_empty, inputs.scale.new_zeros
-    states = (new if sizes is None else zeros)(count, directions, batch, size)
+    zeros = inputs.scale.new_zeros
+    states = (new_result if sizes is None else zeros)(count, directions, batch, size)
     hidden = zeros(directions, batch, size) if first is None else first.contiguous().clone()
     own = inputs.derived
     for direction, weight in enumerate(inputs.recurrent):
@@ -110,7 +111,7 @@ def _chunks(
     by, bias = own.input_scale[direction], own.input_bias[direction]
     width = len(weight)
     most = min(count, -(-CACHED // (width * batch)))
-    gates = scale.new_empty(most * batch, width)
+    gates = new_result(most * batch, width)
     for start, end, rows in inputs.spans(most):
         some, scales = codes, scale
         if end - start < count or rows < batch:

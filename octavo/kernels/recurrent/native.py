@@ -111,7 +111,7 @@ def _chunks(
     by, bias = own.input_scale[direction], own.input_bias[direction]
     width = len(weight)
     most = min(count, -(-CACHED // (width * batch)))
-    gates = new_result(most * batch, width)
+    gates = scale.new_empty(most * batch, width)
     for start, end, rows in inputs.spans(most):
         some, scales = codes, scale
         if end - start < count or rows < batch:

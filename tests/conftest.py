@@ -102,7 +102,7 @@ def lite0(once: Once) -> Lite0:
 @pytest.fixture(scope="session")
 def demo_folder(once: Once) -> Path:
     """What `octavo demo` makes, with fewer crops and rounds; run once, as users do it."""
-    call = "run_demo(sys.argv[1], calibration_crops=48, evaluation_crops=32, rounds=5)"
+    call = "run_demo(sys.argv[1], calibration_crops=48, evaluation_crops=40, rounds=6)"
     code = f"import sys; from octavo.demo.run import run_demo; {call}"
 
     def make(folder: Path) -> None:

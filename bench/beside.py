@@ -46,7 +46,8 @@ def main() -> int:
     # results name the command, and nobody's folders
     sys.argv = ["CHECKOUT" if one == str(asked.checkout) else one for one in sys.argv]
     roots = {"other": asked.checkout.resolve(), "ours": ROOT}
-    before = _rows_before(_commit(roots["other"]))
+    commit, other = _commit(ROOT), _commit(roots["other"])
+    before = _rows_before(other)
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "mobilenet" in asked.only:
@@ -55,9 +56,9 @@ def main() -> int:
             for name, what, figures in _turn(asked.only, roots, folder, ours_first=turn % 2 == 0):
                 runs.setdefault((name, what), []).append(figures)
                 print(f"{turn} {name} {what}: {figures[1] / figures[0]:.3f}", flush=True)
-            rows = [_row(*key, figures) for key, figures in runs.items()]
+            rows = [_row(*key, figures, commit) for key, figures in runs.items()]
             kept = [row for row in before if row["benchmark"] not in asked.only]
-            results = {"other": _commit(roots["other"]), "rows": [*kept, *rows]}
+            results = {"other": other, "rows": [*kept, *rows]}
             path = write_results("beside", results)
     print(path)
     for row in rows:
@@ -181,11 +182,11 @@ def _commit(root: Path) -> str:
     return done.stdout.strip()
 
 
-def _row(name: str, what: str, runs: list[tuple[float, float]]) -> dict[str, Any]:
+def _row(name: str, what: str, runs: list[tuple[float, float]], commit: str) -> dict[str, Any]:
     """One figure: medians of the turns; latency in milliseconds, overhead in microseconds."""
     other, ours = (statistics.median(values) for values in zip(*runs, strict=True))
     ratio = statistics.median(mine / theirs for theirs, mine in runs)
-    own = name == "overhead" or what.find("Octavo") >= 0
+    own = name == "overhead" or "Octavo" in what
     return {
         "benchmark": name,
         "what": what,
@@ -193,7 +194,7 @@ def _row(name: str, what: str, runs: list[tuple[float, float]]) -> dict[str, Any
         "other": other,
         "ours": ours,
         "ratio": ratio,
-        "commit": _commit(ROOT),
+        "commit": commit,
         "broken": own and ratio > (LESS if name == "overhead" else SLOWER),
         "runs": runs,
     }

@@ -118,22 +118,49 @@ INLINE void prefetch(const Span *s, ptrdiff_t step, ptrdiff_t row, ptrdiff_t row
             _mm_prefetch((const char *)(from + i * s->size + line), _MM_HINT_T0);
 }
 
+/* Sums of one row with 32 units of every gate, whose panels are `apart` bytes from each other. All
+gates take turns, for a sum of one gate alone would wait for the product before. */
+INLINE void row_of_gates(const int8_t *codes, const uint8_t *w, ptrdiff_t size, ptrdiff_t apart,
+                         int32_t start, Sums sums, const int gates) {
+    ints left[4], right[4];
+    for (int gate = 0; gate < gates; gate++) left[gate] = right[gate] = all_ints(start);
+    for (ptrdiff_t at = 0; at + 4 <= size; at += 4) {
+        const ints four = all_ints(group(codes + at, 4));
+        for (int gate = 0; gate < gates; gate++) {
+            const uint8_t *own = w + gate * apart + at * PANEL;
+            _mm_prefetch((const char *)own + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)own + AHEAD + 64, _MM_HINT_T0);
+            left[gate] = _mm512_dpbusd_epi32(left[gate], _mm512_loadu_si512(own), four);
+            right[gate] = _mm512_dpbusd_epi32(right[gate], _mm512_loadu_si512(own + 64), four);
+        }
+    }
+    for (int gate = 0; gate < gates; gate++) {
+        _mm512_storeu_si512(sums[gate][0], left[gate]);
+        _mm512_storeu_si512(sums[gate][0] + LANES, right[gate]);
+        if (size % 4) add_rest(codes, w + gate * apart, size, 1, sums[gate]);
+    }
+}
+
 /* One step of 32 units. */
 INLINE void block(const Span *s, ptrdiff_t step, ptrdiff_t index, const int is_lstm) {
-    const ptrdiff_t size = s->size, panels = (size + PANEL - 1) / PANEL;
+    const ptrdiff_t size = s->size, apart = (size + PANEL - 1) / PANEL * panel_size(size);
     const ptrdiff_t count = s->sizes ? s->sizes[step] : s->rows;
-    const int8_t *codes = s->codes + step % 2 * s->batch * size;
+    const uint8_t *w = s->w + index * panel_size(size);
+    const int gates = 3 + is_lstm;
     Sums sums;
     int32_t starts[TILE];
     for (ptrdiff_t row = 0, rows; row < count; row += rows) {
+        const int8_t *codes = s->codes + (step % 2 * s->batch + row) * size;
         const ptrdiff_t left = count - row;
         const ptrdiff_t most = left < TILE ? left : TILE;
-        prefetch(s, step, row, most, index * PANEL, 3 + is_lstm);
-        for (int i = 0; i < most; i++) starts[i] = start_of(codes + (row + i) * size, size);
-        for (int gate = 0; gate < 3 + is_lstm; gate++) {
-            const uint8_t *w = s->w + (gate * panels + index) * panel_size(size);
-            rows = tile(codes + row * size, w, size, left, starts, sums[gate]);
-        }
+        prefetch(s, step, row, most, index * PANEL, gates);
+        for (int i = 0; i < most; i++) starts[i] = start_of(codes + i * size, size);
+        if (left == 1) {
+            row_of_gates(codes, w, size, apart, starts[0], sums, gates);
+            rows = 1;
+        } else
+            for (int gate = 0; gate < gates; gate++)
+                rows = tile(codes, w + gate * apart, size, left, starts, sums[gate]);
         update(s, step, row, rows, index * PANEL, sums, is_lstm);
     }
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from octavo.kernels.native import memory as result_memory
-from octavo.kernels.native.memory import new_result
+from octavo.kernels.native.memory import new_result, scratch
 
 N = result_memory.SMALLEST // 4
 
@@ -124,3 +124,19 @@ def test_results_may_be_changed_in_place_with_gradients_on() -> None:
     x.zero_()
     x += torch.ones(N, requires_grad=True)
     assert x.requires_grad
+
+
+def test_scratch_belongs_to_a_thread() -> None:
+    mine = scratch(1000)
+    assert mine.numel() >= 1000
+    assert scratch(10) is mine
+    others: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: others.append(scratch(1000)))
+    thread.start()
+    thread.join()
+    assert others[0].data_ptr() != mine.data_ptr()
+    larger = scratch(mine.numel() + 1)
+    assert larger.numel() > mine.numel()
+    too_much = scratch(result_memory.MOST_SCRATCH)
+    assert too_much.numel() == result_memory.MOST_SCRATCH
+    assert scratch(10) is larger  # what is too large is not kept

@@ -15,7 +15,7 @@ from octavo.core.results import (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def report() -> Report:
     return Report(
         title="EfficientNet-Lite0, batch 1",

@@ -62,8 +62,17 @@ def with_layers(report: Report, layers: dict[str, LayerReport]) -> Report:
     return dataclasses.replace(report, engines=tuple(engines))
 
 
-def test_page_holds_everything(report: Report, tmp_path: Path) -> None:
-    page = read(report, tmp_path)
+@pytest.fixture(scope="module")
+def written(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_html(report, tmp_path_factory.mktemp("html") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page(written.read_text(encoding="utf-8"))
+
+
+def test_page_holds_everything(report: Report, page: Page) -> None:
     for row in engine_rows(report):
         for text in (row.size, row.size_ratio, row.latency, row.spread, row.speed_up, row.sqnr):
             assert text in page.text
@@ -80,8 +89,8 @@ def test_page_holds_everything(report: Report, tmp_path: Path) -> None:
     assert "reference" in page.text, "the baseline has no accuracy loss"
 
 
-def test_plots_are_embedded_and_well_formed(report: Report, tmp_path: Path) -> None:
-    images = read(report, tmp_path).images()
+def test_plots_are_embedded_and_well_formed(page: Page) -> None:
+    images = page.images()
     assert len(images) == 4
     for image in images:
         assert ElementTree.fromstring(image).tag.endswith("svg")  # noqa: S314 - our own file
@@ -100,17 +109,15 @@ def test_names_are_escaped(report: Report, tmp_path: Path) -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", text), "control codes are not valid in HTML"
 
 
-def test_nothing_is_loaded_from_outside(report: Report, tmp_path: Path) -> None:
-    page = read(report, tmp_path)
+def test_nothing_is_loaded_from_outside(page: Page) -> None:
     assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "base", "form"})
     names = {name for name, _ in page.attributes}
     assert not any(name.startswith("on") or name in ("href", "srcset") for name in names)
     assert any("default-src 'none'" in value for name, value in page.attributes)
 
 
-def test_same_report_same_bytes(report: Report, tmp_path: Path) -> None:
-    first, second = (write_html(report, tmp_path / f"{i}.html").read_bytes() for i in range(2))
-    assert first == second
+def test_same_report_same_bytes(report: Report, written: Path, tmp_path: Path) -> None:
+    assert write_html(report, tmp_path / "again.html").read_bytes() == written.read_bytes()
 
 
 def test_layers_say_why_they_are_not_int8(report: Report, tmp_path: Path) -> None:

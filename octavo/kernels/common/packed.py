@@ -68,10 +68,12 @@ def packed(owner: torch.Tensor, name: Hashable, make: Callable[..., T], *others:
 
 
 def _is_of(stamps: tuple[Stamp, ...], tensors: tuple[torch.Tensor, ...]) -> bool:
-    return len(stamps) == len(tensors) and all(
-        ref() is one and version == one._version and pointer == one.data_ptr()
-        for (ref, version, pointer), one in zip(stamps, tensors, strict=True)
-    )
+    if len(stamps) != len(tensors):
+        return False
+    for (ref, version, pointer), one in zip(stamps, tensors, strict=True):
+        if ref() is not one or version != one._version or pointer != one.data_ptr():
+            return False
+    return True
 
 
 def _drop(

@@ -33,8 +33,7 @@ def dynamic_quantize(
     per_token: bool,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `schema.dynamic_quantize`."""
-    codes, scale = quantize_rows(x.detach().reshape(-1, x.shape[-1]))
-    return codes.view(x.shape), scale.view(x.shape[:-1])
+    return _quantized(x.contiguous(), x.shape[:-1])
 
 
 def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,15 +45,19 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         codes int8 [R, K], contiguous, and scales float32 [R, 1].
     """
-    rows = rows.contiguous()
-    count, k = rows.shape
-    codes, scale = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(count, 1)
+    return _quantized(rows.contiguous(), (len(rows), 1))
+
+
+def _quantized(x: torch.Tensor, scales: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes like a contiguous `x`, and its scales in the shape that is asked for."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(scales, dtype=torch.float32, device="cpu")
     LIBRARY.octavo_quantize_rows(
-        rows.data_ptr(),
-        count,
-        k,
+        x.data_ptr(),
+        scale.numel(),
+        x.shape[-1],
         codes.data_ptr(),
         scale.data_ptr(),
-        threads_for(count * k // LANES),
+        threads_for(x.numel() // LANES),
     )
     return codes, scale

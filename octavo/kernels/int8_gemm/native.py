@@ -14,7 +14,7 @@ from octavo.kernels.common.packed import packed
 from octavo.kernels.native.library import FLOAT, INT, POINTER, SIZE, Library, pointer, threads_for
 from octavo.kernels.native.memory import new_result
 
-__all__ = ["int8_gemm", "packed_panels", "panels", "product", "reason"]
+__all__ = ["int8_gemm", "packed_panels", "panels", "product", "product_of_panels", "reason"]
 
 PANEL, GROUP, SHIFT = 32, 4, 128
 """Output channels, and codes of a row, that lie together; what makes weights unsigned."""
@@ -129,6 +129,35 @@ def product(
         out_zero_point,
         out.data_ptr(),
         threads or threads_for(rows * n * k // WORK),
+    )
+
+
+def product_of_panels(
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    shape: tuple[int, int, int],
+    scale_x: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    threads: int,
+) -> None:
+    """`product` with a scale for each row and channel, for who keeps the panels himself.
+
+    Args:
+        codes: int8 [M, K].
+        weights: `panels` of int8 [N, K].
+        shape: M, N and K.
+        scale_x: float32 [M].
+        scale_w: float32 [N].
+        bias: float32 [N].
+        out: float32 [M, N].
+        threads: that share the work.
+    """
+    LIBRARY.octavo_int8_gemm(
+        *(codes.data_ptr(), weights.data_ptr(), *shape, scale_x.data_ptr(), 1),
+        *(scale_w.data_ptr(), 1, bias.data_ptr(), None, 0, None, 0, 1.0, 0, out.data_ptr()),
+        threads,
     )
 
 

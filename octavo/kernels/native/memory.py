@@ -1,4 +1,4 @@
-"""Memory for the results of C on a CPU, used again when nobody holds a result any more.
+"""Memory that C on a CPU writes to: results, used again when nobody holds them, and scratch.
 
 glibc's malloc gives large buffers back to the system as soon as they are freed, and each page of
 the next one costs a fault, together several milliseconds of an encoder's call. So a few buffers are
@@ -15,12 +15,15 @@ import threading
 
 import torch
 
-__all__ = ["new_result"]
+__all__ = ["new_result", "scratch"]
 
 SMALLEST = 1 << 18
 """Bytes below which malloc keeps what is freed."""
 MOST = 1 << 26
 """Bytes that are kept in all."""
+MOST_SCRATCH = 1 << 22
+"""Bytes that a thread keeps."""
+_own = threading.local()
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _kept: list[tuple[torch.Tensor, int]] = []
 """Buffers, and where each began."""
@@ -39,6 +42,17 @@ def new_result(*shape: int) -> torch.Tensor:
             _keep(buffer)
         result = torch.empty(0, dtype=torch.float32, device="cpu")
         return result.set_(buffer.untyped_storage(), 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+def scratch(count: int) -> torch.Tensor:
+    """At least so many float32 on the CPU, in a row, until this thread calls for some again."""
+    known: torch.Tensor | None = getattr(_own, "scratch", None)
+    if known is not None and known.numel() >= count:
+        return known
+    made = torch.empty(count, dtype=torch.float32, device="cpu")
+    if 4 * count <= MOST_SCRATCH:
+        _own.scratch = made
+    return made
 
 
 def _free(size: int) -> torch.Tensor | None:

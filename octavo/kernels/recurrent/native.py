@@ -15,8 +15,8 @@ import torch
 from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.native.library import INT, POINTER, SIZE, Library, pointer, threads_for
-from octavo.kernels.native.memory import new_result
-from octavo.kernels.recurrent.weights import QMAX, Derived, Inputs, gate_panels
+from octavo.kernels.native.memory import new_result, scratch
+from octavo.kernels.recurrent.weights import QMAX, Inputs, Way
 
 __all__ = ["gru_steps", "lstm_steps", "reason"]
 
@@ -66,25 +66,22 @@ def _run(
     inputs: Inputs, first: torch.Tensor | None, cell: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states, and each row's last one; the cell state is updated, and None of a GRU."""
-    count, (directions, batch, size) = len(inputs.codes), inputs.state_shape
+    count, (directions, batch, size) = inputs.codes.shape[0], inputs.state_shape
     sizes = None if inputs.sizes is None else inputs.sizes.contiguous()
     zeros = inputs.scale.new_zeros
     states = (new_result if sizes is None else zeros)(count, directions, batch, size)
     hidden = zeros(directions, batch, size) if first is None else first.contiguous().clone()
-    own = inputs.derived
-    for direction, weight in enumerate(inputs.recurrent):
-        panels = gate_panels(weight.values)
+    for direction, way in enumerate(inputs.ways):
         codes, limits = inputs.codes.new_zeros(2, batch, size), None
         if first is not None:
             limits = _first_codes(first[direction], codes[0], cell is None)
-        scale = own.recurrent_scale[direction]
-        bias = None if own.recurrent_bias is None else own.recurrent_bias[direction]
-        threads = threads_for(batch * panels.numel(), WORTH_A_THREAD)
-        for start, end, rows, gates in _chunks(inputs, direction, own):
+        threads = threads_for(batch * way.recurrent.numel(), WORTH_A_THREAD)
+        for start, end, rows, gates in _chunks(inputs, direction, way):
             LIBRARY.octavo_recurrent_steps(
                 *(gates.data_ptr(), rows, start, end, pointer(sizes)),
                 *(direction, directions, batch, size),
-                *(panels.data_ptr(), scale.data_ptr(), pointer(bias), pointer(limits)),
+                *(way.recurrent.data_ptr(), way.scale.data_ptr()),
+                *(pointer(way.bias), pointer(limits)),
                 *(codes.data_ptr(), hidden.data_ptr(), pointer(cell), states.data_ptr(), threads),
             )
     return states, hidden
@@ -102,21 +99,22 @@ def _first_codes(hidden: torch.Tensor, codes: torch.Tensor, is_gru: bool) -> tor
 
 
 def _chunks(
-    inputs: Inputs, direction: int, own: Derived
+    inputs: Inputs, direction: int, way: Way
 ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
     """First step, step after the last, rows, and gates [steps, rows, N], overwritten later."""
-    count, _, batch, _ = inputs.codes.shape
+    count, _, batch, k = inputs.codes.shape
     codes, scale = inputs.codes.select(1, direction), inputs.scale.select(1, direction)
-    weight = inputs.input[direction].values.contiguous()
-    by, bias = own.input_scale[direction], own.input_bias[direction]
-    width = len(weight)
+    width = way.width
     most = min(count, -(-CACHED // (width * batch)))
-    gates = scale.new_empty(most * batch, width)
+    gates = scratch(most * batch * width)
     for start, end, rows in inputs.spans(most):
         some, scales = codes, scale
         if end - start < count or rows < batch:
             some, scales = codes[start:end, :rows], scale[start:end, :rows]
         some, scales = some.contiguous(), scales.contiguous()
-        threads = threads_for(some.numel() * width // PER_INPUT, WORTH_A_THREAD)
-        native.product(some, weight, scales, by, bias, "none", gates, threads=threads)
+        shape = scales.numel(), width, k
+        threads = threads_for(shape[0] * width * k // PER_INPUT, WORTH_A_THREAD)
+        native.product_of_panels(
+            *(some, way.input, shape, scales, way.input_scale, way.input_bias, gates, threads)
+        )
         yield start, end, rows, gates

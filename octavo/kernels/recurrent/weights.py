@@ -6,8 +6,8 @@ weights, so what follows from weights is kept beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional
@@ -16,9 +16,10 @@ from octavo.kernels.common.packed import packed
 from octavo.kernels.int8_gemm import native
 from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["QMAX", "Derived", "Inputs", "Weights", "gate_panels"]
+__all__ = ["QMAX", "Derived", "Inputs", "Way", "Weights", "gate_panels"]
 
 QMAX = 127.0
+T = TypeVar("T")
 Weights = tuple[QuantizedWeight, ...]
 
 
@@ -38,6 +39,28 @@ class Derived(NamedTuple):
     input_bias: torch.Tensor
     recurrent_scale: torch.Tensor
     recurrent_bias: torch.Tensor | None
+
+
+class Way(NamedTuple):
+    """What C reads of one direction; scales and biases are those of `Derived`.
+
+    Attributes:
+        input: the input's weights, packed.
+        width: N.
+        input_scale: float32 [N].
+        input_bias: float32 [N].
+        recurrent: see `gate_panels`.
+        scale: float32 [N].
+        bias: float32 [N], or None.
+    """
+
+    input: torch.Tensor
+    width: int
+    input_scale: torch.Tensor
+    input_bias: torch.Tensor
+    recurrent: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
 
 
 class Inputs(NamedTuple):
@@ -74,13 +97,22 @@ class Inputs(NamedTuple):
     @property
     def derived(self) -> Derived:
         """What these weights lead to; kept on a CPU until one of them changes."""
-        first, *others = (
+        return self._kept("recurrent", _derive)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """What C reads of each direction; kept likewise."""
+        return self._kept("recurrent ways", _ways)
+
+    def _kept(self, name: str, make: Callable[[Inputs], T]) -> T:
+        first, *others = [
             one
-            for weight in (*self.recurrent, *self.input)
-            for one in (weight.values, weight.scale, weight.bias)
+            for weights in (self.recurrent, self.input)
+            for values, scale, _, bias, *_ in weights
+            for one in (values, scale, bias)
             if one is not None
-        )
-        return packed(first, "recurrent", lambda *_: _derive(self), *others)
+        ]
+        return packed(first, name, lambda *_: make(self), *others)
 
     def spans(self, most: int) -> Iterator[tuple[int, int, int]]:
         """First time step, the one after the last, and the rows that the first of them has.
@@ -115,6 +147,25 @@ def _derive(inputs: Inputs) -> Derived:
         # on its own, for the reset gate multiplies it
         other.unsqueeze(1) if inputs.is_gru else None,
     )
+
+
+def _ways(inputs: Inputs) -> tuple[Way, ...]:
+    own = inputs.derived
+    ways = []
+    for index, (one, other) in enumerate(zip(inputs.input, inputs.recurrent, strict=True)):
+        bias = None if own.recurrent_bias is None else own.recurrent_bias[index, 0]
+        ways.append(
+            Way(
+                native.panels(one.values),
+                len(one.values),
+                own.input_scale[index],
+                own.input_bias[index],
+                gate_panels(other.values),
+                own.recurrent_scale[index, 0],
+                bias,
+            )
+        )
+    return tuple(ways)
 
 
 def gate_panels(values: torch.Tensor) -> torch.Tensor:

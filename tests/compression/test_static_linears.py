@@ -94,6 +94,7 @@ def test_what_hangs_on_a_layer_in_float_is_refused(table: CalibrationTable) -> N
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_transformer_and_its_other_layers() -> None:
     """Scales of attention that torch computes in one call are in no table; those layers say so."""
     torch.manual_seed(0)

@@ -234,6 +234,7 @@ def test_export_and_compile(strict: bool) -> None:
     assert torch.equal(exported(tokens()), model(tokens()))
 
 
+@pytest.mark.slow
 def test_the_table_of_minilm() -> None:
     """8 bits keep 40 dB, 4 bits in groups of 32 keep 20 dB."""
     text = pytest.importorskip("octavo.demo.text")

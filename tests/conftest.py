@@ -30,7 +30,14 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first, so that no worker waits for one at the end."""
+    """Slow tests come first, so that no worker waits for one at the end.
+
+    Coverage does not watch them: it would make them half as long again, and counts what is tested
+    by itself, in the quick tests.
+    """
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

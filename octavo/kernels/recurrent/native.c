@@ -18,7 +18,8 @@ typedef struct {
     ptrdiff_t rows;              /* that the first of these steps has */
     ptrdiff_t start;             /* the first of these steps, counted from the sequence's first */
     const int64_t *sizes;        /* rows of each step of the sequence, never growing; NULL: all */
-    ptrdiff_t ways, batch, size; /* directions, and rows and units of a state */
+    ptrdiff_t directions;        /* of the layer */
+    ptrdiff_t batch, size;       /* rows and units of a state */
     const uint8_t *w;            /* panels of each gate's recurrent weights */
     const float *scale;          /* of their products with codes of h / limit, [gates * size] */
     const float *bias;           /* of a GRU's recurrent product, as `scale`; NULL: an LSTM */
@@ -26,7 +27,7 @@ typedef struct {
                                     NULL: 1 */
     int8_t *codes;               /* [2, batch, size]: of h before even steps, and before odd ones */
     float *hidden, *cell;        /* [batch, size], updated; cell states of an LSTM only */
-    float *states;               /* hidden states, [steps of the sequence, ways, batch, size] */
+    float *states;               /* hidden, [steps of the sequence, directions, batch, size] */
 } Span;
 
 /* Products of codes, of each gate. */
@@ -94,7 +95,7 @@ INLINE void update(const Span *s, ptrdiff_t step, ptrdiff_t row, int rows, ptrdi
     const ptrdiff_t gates = (3 + is_lstm) * s->size, state = s->batch * s->size;
     const int limited = s->limits && (!is_lstm || step == 0);
     const float *from = s->gates + ((step - s->start) * s->rows + row) * gates;
-    float *states = s->states + step * s->ways * state;
+    float *states = s->states + step * s->directions * state;
     int8_t *codes = s->codes + (step + 1) % 2 * state;
     for (int half = 0; half < PANEL && unit + half < s->size; half += LANES)
         for (int i = 0; i < rows; i++) {
@@ -175,16 +176,17 @@ static void part(const Span *s, ptrdiff_t step, ptrdiff_t low, ptrdiff_t high) {
     }
 }
 
-/* Runs the steps from `start` to `end` in one direction, `way`. The other arguments are those of
-`Span`, with `hidden` and `cell` [ways, batch, size]. */
+/* Runs the steps from `start` to `end` in one direction. The other arguments are those of `Span`,
+with `hidden` and `cell` [directions, batch, size]. */
 void octavo_recurrent_steps(const float *gates, ptrdiff_t rows, ptrdiff_t start, ptrdiff_t end,
-                            const int64_t *sizes, ptrdiff_t way, ptrdiff_t ways, ptrdiff_t batch,
-                            ptrdiff_t size, const uint8_t *w, const float *scale,
-                            const float *bias, const float *limits, int8_t *codes, float *hidden,
-                            float *cell, float *states, int threads) {
-    const ptrdiff_t own = way * batch * size, panels = (size + PANEL - 1) / PANEL;
-    const Span s = {gates, rows, start, sizes, ways, batch, size, w, scale, bias, limits, codes,
-                    hidden + own, cell ? cell + own : NULL, states + own};
+                            const int64_t *sizes, ptrdiff_t direction, ptrdiff_t directions,
+                            ptrdiff_t batch, ptrdiff_t size, const uint8_t *w,
+                            const float *scale, const float *bias, const float *limits,
+                            int8_t *codes, float *hidden, float *cell, float *states,
+                            int threads) {
+    const ptrdiff_t own = direction * batch * size, panels = (size + PANEL - 1) / PANEL;
+    const Span s = {gates, rows, start, sizes, directions, batch, size, w, scale, bias, limits,
+                    codes, hidden + own, cell ? cell + own : NULL, states + own};
     if (threads > panels) threads = (int)panels;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (ptrdiff_t step = start; step < end; step++) {

@@ -16,7 +16,7 @@ from octavo.kernels.dynamic_quantize import native as native_quantize
 from octavo.kernels.int8_gemm import native
 from octavo.kernels.native.library import INT, POINTER, SIZE, Library, pointer, threads_for
 from octavo.kernels.native.memory import new_result, scratch
-from octavo.kernels.recurrent.weights import QMAX, Inputs, Way
+from octavo.kernels.recurrent.weights import QMAX, Direction, Inputs
 
 __all__ = ["gru_steps", "lstm_steps", "reason"]
 
@@ -71,17 +71,17 @@ def _run(
     zeros = inputs.scale.new_zeros
     states = (new_result if sizes is None else zeros)(count, directions, batch, size)
     hidden = zeros(directions, batch, size) if first is None else first.contiguous().clone()
-    for direction, way in enumerate(inputs.ways):
+    for direction, own in enumerate(inputs.by_direction):
         codes, limits = inputs.codes.new_zeros(2, batch, size), None
         if first is not None:
             limits = _first_codes(first[direction], codes[0], cell is None)
-        threads = threads_for(batch * way.recurrent.numel(), WORTH_A_THREAD)
-        for start, end, rows, gates in _chunks(inputs, direction, way):
+        threads = threads_for(batch * own.recurrent.numel(), WORTH_A_THREAD)
+        for start, end, rows, gates in _chunks(inputs, direction, own):
             LIBRARY.octavo_recurrent_steps(
                 *(gates.data_ptr(), rows, start, end, pointer(sizes)),
                 *(direction, directions, batch, size),
-                *(way.recurrent.data_ptr(), way.scale.data_ptr()),
-                *(pointer(way.bias), pointer(limits)),
+                *(own.recurrent.data_ptr(), own.scale.data_ptr()),
+                *(pointer(own.bias), pointer(limits)),
                 *(codes.data_ptr(), hidden.data_ptr(), pointer(cell), states.data_ptr(), threads),
             )
     return states, hidden
@@ -99,12 +99,12 @@ def _first_codes(hidden: torch.Tensor, codes: torch.Tensor, is_gru: bool) -> tor
 
 
 def _chunks(
-    inputs: Inputs, direction: int, way: Way
+    inputs: Inputs, direction: int, own: Direction
 ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
     """First step, step after the last, rows, and gates [steps, rows, N], overwritten later."""
     count, _, batch, k = inputs.codes.shape
     codes, scale = inputs.codes.select(1, direction), inputs.scale.select(1, direction)
-    width = way.width
+    width = own.width
     most = min(count, -(-CACHED // (width * batch)))
     gates = scratch(most * batch * width)
     for start, end, rows in inputs.spans(most):
@@ -115,6 +115,6 @@ def _chunks(
         shape = scales.numel(), width, k
         threads = threads_for(shape[0] * width * k // PER_INPUT, WORTH_A_THREAD)
         native.product_of_panels(
-            *(some, way.input, shape, scales, way.input_scale, way.input_bias, gates, threads)
+            *(some, own.input, shape, scales, own.input_scale, own.input_bias, gates, threads)
         )
         yield start, end, rows, gates

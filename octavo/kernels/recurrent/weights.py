@@ -16,7 +16,7 @@ from octavo.kernels.common.packed import packed
 from octavo.kernels.int8_gemm import native
 from octavo.quant.weights import QuantizedWeight
 
-__all__ = ["QMAX", "Derived", "Inputs", "Way", "Weights", "gate_panels"]
+__all__ = ["QMAX", "Derived", "Direction", "Inputs", "Weights", "gate_panels"]
 
 QMAX = 127.0
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Derived(NamedTuple):
     recurrent_bias: torch.Tensor | None
 
 
-class Way(NamedTuple):
+class Direction(NamedTuple):
     """What C reads of one direction; scales and biases are those of `Derived`.
 
     Attributes:
@@ -100,9 +100,9 @@ class Inputs(NamedTuple):
         return self._kept("recurrent", _derive)
 
     @property
-    def ways(self) -> tuple[Way, ...]:
+    def by_direction(self) -> tuple[Direction, ...]:
         """What C reads of each direction; kept likewise."""
-        return self._kept("recurrent ways", _ways)
+        return self._kept("recurrent directions", _directions)
 
     def _kept(self, name: str, make: Callable[[Inputs], T]) -> T:
         first, *others = [
@@ -149,13 +149,13 @@ def _derive(inputs: Inputs) -> Derived:
     )
 
 
-def _ways(inputs: Inputs) -> tuple[Way, ...]:
+def _directions(inputs: Inputs) -> tuple[Direction, ...]:
     own = inputs.derived
-    ways = []
+    found = []
     for index, (one, other) in enumerate(zip(inputs.input, inputs.recurrent, strict=True)):
         bias = None if own.recurrent_bias is None else own.recurrent_bias[index, 0]
-        ways.append(
-            Way(
+        found.append(
+            Direction(
                 native.panels(one.values),
                 len(one.values),
                 own.input_scale[index],
@@ -165,7 +165,7 @@ def _ways(inputs: Inputs) -> tuple[Way, ...]:
                 bias,
             )
         )
-    return tuple(ways)
+    return tuple(found)
 
 
 def gate_panels(values: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,7 @@ def test_a_saved_graph(expected: dict[str, Any]) -> None:
         assert sqnr_db(expected["images"], made(images(9))) > 100
 
 
+@pytest.mark.slow
 def test_a_table_gives_the_layers_and_the_engine_it_gave(expected: dict[str, Any]) -> None:
     table = CalibrationTable.load(FOLDER / "images.json")
     assert table.equalization

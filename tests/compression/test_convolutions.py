@@ -102,6 +102,7 @@ def engine_output(
 
 @torch.no_grad()
 @pytest.mark.parametrize("activation", [nn.ReLU6, nn.ReLU], ids=lambda kind: kind.__name__)
+@pytest.mark.slow
 def test_layers_have_the_integers_of_the_engine(
     activation: type[nn.Module], tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_compiled_and_exported(int8: nn.Module) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_selectors_leave_convolutions_in_float(net: Net) -> None:
     batches = [images(16)]
     made = octavo.quantize(net, RECIPE, batches, exclude=["one.*", "fc"], verbose=False)
@@ -245,6 +247,7 @@ def test_refusals(net: Net) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_equalization_and_bias_correction(tmp_path: Path) -> None:
     """What a table says about weights is in the layers, as it is in the engine."""
     torch.manual_seed(0)
@@ -272,6 +275,7 @@ def test_equalization_and_bias_correction(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_half_of_a_pair_is_not_equalized(net: Net) -> None:
     """With the pointwise half in float the depthwise one stays too, and its weights as they are."""
     made = octavo.quantize(

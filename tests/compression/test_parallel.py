@@ -99,6 +99,7 @@ def test_one_that_is_excluded_leaves_all(net: nn.Module) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_table_does_not_know_them(net: nn.Module) -> None:
     table = octavo.calibrate(net, [images(8)], observer="minmax", verbose=False)
     made = octavo.quantize(net, RECIPE, table, example_inputs=images(2), verbose=False)

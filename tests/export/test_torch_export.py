@@ -309,6 +309,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("what", ["weights", "input"])
+@pytest.mark.slow
 def test_channels_last_gives_the_same_graph(what: str) -> None:
     module, example = Pooled().eval(), torch.randn(2, 3, 8, 8)
     expected = fingerprint(export_torch(module, example).model)

@@ -82,6 +82,7 @@ def test_a_model_may_be_a_path_or_a_model_in_memory(path: Path) -> None:
     assert model.SerializeToString() == before, "the caller's model is left as it is"
 
 
+@pytest.mark.slow
 def test_a_module_becomes_an_engine(net: Net) -> None:
     net.train()
     x = torch.as_tensor(X)
@@ -144,6 +145,7 @@ def test_the_table_of_an_engine_builds_it_again() -> None:
     assert quick(calibration=table).artifact == engine.artifact
 
 
+@pytest.mark.slow
 def test_the_table_of_a_module_serves_its_onnx_and_the_other_way_round(net: Net) -> None:
     example = torch.as_tensor(X[:2])
     table = calibrate(net, [X], observer="minmax", verbose=False)
@@ -160,6 +162,7 @@ def test_the_table_of_a_module_serves_its_onnx_and_the_other_way_round(net: Net)
     np.testing.assert_array_equal(quick(graph, calibration=table)(X), engine(X))
 
 
+@pytest.mark.slow
 def test_a_table_collected_with_hooks_builds_an_engine() -> None:
     net, other = (
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)

@@ -200,7 +200,6 @@ def test_compiled_and_exported(int8: nn.Module) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_selectors_leave_convolutions_in_float(net: Net) -> None:
     batches = [images(16)]
     made = octavo.quantize(net, RECIPE, batches, exclude=["one.*", "fc"], verbose=False)
@@ -275,7 +274,6 @@ def test_equalization_and_bias_correction(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_half_of_a_pair_is_not_equalized(net: Net) -> None:
     """With the pointwise half in float the depthwise one stays too, and its weights as they are."""
     made = octavo.quantize(

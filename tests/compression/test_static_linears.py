@@ -81,7 +81,6 @@ def test_layers_compute_what_the_engine_computes(names: bool, tmp_path: Path) ->
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_what_hangs_on_a_layer_in_float_is_refused(table: CalibrationTable) -> None:
     model = Mlp().eval()
     equalized = octavo.calibrate(
@@ -116,7 +115,6 @@ def test_a_transformer_and_its_other_layers() -> None:
     assert sqnr_db(model(ids[0]), made(ids[0])) > 25
 
 
-@pytest.mark.slow
 def test_a_table_without_inputs_needs_an_example(table: CalibrationTable) -> None:
     """As Octavo 0.1 wrote them."""
     model = Mlp().eval()

@@ -76,7 +76,6 @@ def test_the_kernels_need_few_packages(bare: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_whole_flow_on_a_cpu(bare: dict[str, str], tmp_path: Path) -> None:
     tests = tmp_path / "test_tiny.py"
     tests.write_text(

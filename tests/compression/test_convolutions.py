@@ -119,7 +119,6 @@ def test_layers_have_the_integers_of_the_engine(
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.slow
 def test_efficientnet_has_the_integers_of_the_engine(
     lite0: Lite0, lite0_table: CalibrationTable, demo_folder: Path
 ) -> None:

@@ -65,3 +65,12 @@ def test_the_examples_work_when_they_are_added(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout
+
+
+def test_the_tests_run_without_pytest_cov() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:pytest_cov", "--collect-only", "-q"]
+    done = subprocess.run(
+        [*command, "tests/test_readme.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_the_example_runs_as_it_is_written" in done.stdout

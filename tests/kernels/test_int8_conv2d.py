@@ -235,7 +235,6 @@ sizes = st.integers(1, 9)
     out_dtype=st.sampled_from([torch.float32, torch.int8, torch.int32]),
     backend=st.sampled_from(BACKENDS),
 )
-@pytest.mark.slow
 def test_any_call(
     image: tuple[int, int, int],
     channels: int,

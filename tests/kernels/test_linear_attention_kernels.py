@@ -178,7 +178,6 @@ def test_as_many_queries_as_one_likes(queries: int, keys: int, device: torch.dev
         ]
     ),
 )
-@pytest.mark.slow
 def test_any_call(
     sizes: tuple[int, int, int],
     head: tuple[int, int],

@@ -126,7 +126,8 @@ def test_results_may_be_changed_in_place_with_gradients_on() -> None:
     assert x.requires_grad
 
 
-def test_scratch_belongs_to_a_thread() -> None:
+def test_scratch_belongs_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_memory, "_own", threading.local())
     mine = scratch(1000)
     assert mine.numel() >= 1000
     assert scratch(10) is mine
